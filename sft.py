@@ -1,0 +1,337 @@
+"""Stage 1: supervised fine-tuning. Gives the policy its start, pi_ref, and the value model its weights.
+
+    python sft.py                                                     # Atlas, on a laptop
+    accelerate launch sft.py recipes/paper_llama3.2_3b_base.yaml      # the paper's settings (Appendix C)
+
+Section 4.2: "We fine-tune a base model to obtain an SFT model." Appendix C: "We calculate the loss only for the
+target tokens rather than the full input sequence."
+
+Shapes   B rows, T tokens of the longest row, V vocabulary. Rows are [prompt | response | padding].
+Masks    is_token (B, T) no padding; is_response (B, T) tokens that the answerer wrote, y^1..y^T, EOS included.
+"""
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
+
+# A chat template for base models that have none (Llama-3.2-3B, say). It is saved with the model, so that all later
+# stages, and everyone who loads it, write prompts exactly as they were written here.
+PLAIN_TEMPLATE = ("{{ bos_token or '' }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+                  "Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}{{ m['role'] | capitalize }}: "
+                  "{{ m['content'] }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
+
+
+# ---- 1. Arguments: "paper" is Appendix C, "ours" is chosen for Atlas on a laptop ----
+@dataclass
+class Args:
+    model: str = HfArg(default="runs/atlas/base", help="base model: folder or hub name")
+    data: str = HfArg(default="runs/atlas/data", help="data folder with sft.jsonl, or hub data set")
+    output: str = HfArg(default="runs/atlas/sft", help="run folder to write")
+    overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
+    bad_rows: str = HfArg(default="error", help="error: stop at a bad row. skip: drop and count bad rows")
+    max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped and counted")
+    lr: float = HfArg(default=3e-3, help="peak learning rate (paper: 2e-5)")
+    warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the cosine decay (paper: 2)")
+    epochs: int = HfArg(default=3, help="passes over the data (paper: 3)")
+    batch_size: int = HfArg(default=16, help="rows per update, over all processes (paper: 16)")
+    micro_batch_size: int = HfArg(default=16, help="rows per forward pass and process; the rest is accumulated")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
+    log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
+    seed: int = HfArg(default=1, help="seed of everything random")
+
+
+def fail(message):
+    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def parse_args(cls, argv):
+    """Command line -> dataclass `cls`. `script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. Unknown flags and keys end the program."""
+    parser = HfArgumentParser(cls)
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
+        if not recipe.is_file():
+            fail(f"{recipe}: no such recipe")
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")).get(section)
+        if not isinstance(settings, dict):
+            fail(f"{recipe}: no section {section!r}")
+        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+    return cls(**vars(parser.parse_args(argv)))
+
+
+# ---- 2. Data ----
+def row_problem(row, fields):
+    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name, kind in fields.items():
+        value = row.get(name)
+        if value is None:
+            return f'no field "{name}"'
+        if kind == "number" and (isinstance(value, bool) or not isinstance(value, (int, float))
+                                 or not math.isfinite(value)):
+            return f'"{name}" is not a finite number: {value!r}'
+        if kind == "text" and not (isinstance(value, str) and value.strip()):
+            return f'"{name}" is empty or not a string'
+        if kind == "prompt" and not (isinstance(value, str) and value.strip()) and not (
+                isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                                                          and isinstance(m.get("content"), str) for m in value)):
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
+    if "chosen" in fields and row["chosen"] == row["rejected"]:
+        return '"chosen" and "rejected" are the same text'
+    return None
+
+
+def read_rows(data, split, fields, bad_rows="error"):
+    """The rows of data/split.jsonl, each checked. Returns a list of dicts, never empty.
+
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME with these columns; of a hub data set the
+              split "test" is read where a "test_*" file is asked for, else "train"
+    fields    {name: kind}, see row_problem
+    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
+    """
+    path = Path(data) / f"{split}.jsonl"
+    if path.is_file():
+        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
+    elif Path(data).exists() or str(data).count("/") != 1:
+        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
+    else:
+        import datasets
+        try:
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test") else "train")
+        except Exception as problem:
+            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
+    rows, skipped = [], 0
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            row = json.loads(line) if isinstance(line, bytes) else line
+            problem = row_problem(row, fields)
+        except ValueError as error:
+            problem = f"invalid JSON ({error})"
+        if problem is None:
+            rows.append(row)
+        elif bad_rows == "skip":
+            skipped += 1
+        else:
+            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+    if skipped:
+        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
+    return rows or fail(f"{path}: no usable row")
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
+
+    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def encode_response(tokenizer, response):
+    """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
+    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids + [tokenizer.eos_token_id]
+
+
+def collate(sequences, pad_id, device):
+    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+
+    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
+    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+    position = torch.arange(longest)                                                               # (T,)
+    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+
+
+def update_order(n, batch_size, epochs, seed):
+    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
+
+    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
+    incomplete last batch of an epoch is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
+    return torch.cat(orders).view(-1, batch_size)
+
+
+# ---- 3. Loss ----
+def sft_loss(logits, ids, is_response):
+    """-E[log pi(y^t | x, y^{<t})]: cross-entropy of the response tokens; the prompt is given, not learned.
+
+    logits       (B, T, V) float  position t predicts token t+1
+    ids          (B, T) long      is_response  (B, T) bool
+    Returns the mean over the batch's response tokens, a scalar.
+    """
+    assert logits.shape[:2] == ids.shape == is_response.shape and is_response.dtype == torch.bool
+    predicts_response = is_response[:, 1:]                                     # position t-1 predicts token t
+    logp = logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)         # (B, T-1)
+    return -logp[predicts_response].mean()                                     # E[.]: per response token of the batch
+
+
+# ---- 5. Run folder ----
+def load(auto_class, name, kind=None, **kwargs):
+    """auto_class.from_pretrained(name), with one clear line where that cannot work.
+
+    kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
+          a fresh, random head and say nothing that stops anyone.
+    """
+    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    transformers_logging.disable_progress_bar()
+    folder = Path(name)
+    if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
+        fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
+    try:
+        if kind:
+            made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0]
+            is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+            if is_value != (kind == "value"):
+                fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as problem:
+        fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
+
+
+def start_run(accelerator, args):
+    """Makes the run folder and writes args.json. A folder that holds anything is refused without --overwrite."""
+    output = Path(args.output)
+    if accelerator.is_main_process:
+        if output.exists() and any(output.iterdir()):
+            if not args.overwrite:
+                fail(f"{output}: holds another run. Choose another --output, or pass --overwrite to replace it")
+            if not (output / "args.json").is_file():
+                fail(f"{output}: is not a run folder (no args.json), so --overwrite will not delete it")
+            print(f"{output}: replacing the run that was here")
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return output
+
+
+def write_line(path, record):
+    """Appends one JSON line: metrics.jsonl, rollouts.jsonl."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def save_run(accelerator, model, tokenizer, output, card):
+    """Saves model, tokenizer and model card (README.md). The weights are moved in last: a folder with weights is whole."""
+    state = accelerator.get_state_dict(model)                        # every process takes part
+    if accelerator.is_main_process:
+        saving = Path(output) / ".saving"
+        shutil.rmtree(saving, ignore_errors=True)
+        accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
+        tokenizer.save_pretrained(saving)
+        command = f"python {' '.join(sys.argv)}"
+        (saving / "README.md").write_text(f"{card}\n\nMade by `{command}`. Settings: args.json. Log: metrics.jsonl.\n")
+        for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
+            os.replace(file, Path(output) / file.name)
+        saving.rmdir()
+    accelerator.wait_for_everyone()
+
+
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+    """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
+    if not math.isfinite(grad_norm):
+        saved = Path(output) / "checkpoints" / "before_nan"
+        saved.mkdir(parents=True, exist_ok=True)
+        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
+        fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
+
+
+# ---- 6. Training ----
+def accumulation_steps(args):
+    """Micro-batches that make up one update, so that --batch_size means the same on one GPU and on sixty-four."""
+    rows = args.micro_batch_size * PartialState().num_processes
+    if args.batch_size < 1 or args.batch_size % rows:
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = {rows}")
+    return args.batch_size // rows
+
+
+def main(args):
+    started = time.time()
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
+    set_seed(args.seed)
+    tokenizer = load(AutoTokenizer, args.model)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    rows = read_rows(args.data, "sft", {"prompt": "prompt", "response": "text"}, args.bad_rows)
+    data = [(encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["response"])) for row in rows]
+    data = [sequence for sequence in data if sum(map(len, sequence)) <= args.max_length]
+    accelerator.print(f"{len(data)} rows; {len(rows) - len(data)} longer than {args.max_length} tokens dropped")
+    if len(data) < args.batch_size:
+        fail(f"{args.data}: {len(data)} usable rows do not fill one batch: lower --batch_size {args.batch_size}, "
+             f"or raise --max_length {args.max_length}")
+
+    model = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32)
+    output = start_run(accelerator, args)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
+    # The scheduler is stepped by hand: a prepared one would take `num_processes` steps an update.
+    scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    progress = tqdm(total=len(updates), desc="sft", mininterval=1, disable=not accelerator.is_main_process)
+    for update, batch in enumerate(updates, 1):
+        tokens = sum(len(data[row][1]) for row in batch)                       # response tokens of the whole update
+        mine = batch[accelerator.process_index::accelerator.num_processes]
+        loss_of_update = torch.zeros((), device=accelerator.device)
+        for micro in mine.split(args.micro_batch_size):
+            ids, is_token, is_response = collate([data[row] for row in micro], tokenizer.pad_token_id,
+                                                 accelerator.device)
+            with accelerator.accumulate(model):
+                logits = model(input_ids=ids, attention_mask=is_token).logits                      # (B, T, V)
+                # A micro-batch counts by its share of the update's tokens, so that the update is the mean over all
+                # of them however they are divided into micro-batches and processes. backward() divides by the number
+                # of micro-batches, and the processes' gradients are averaged: both are undone here.
+                loss = sft_loss(logits, ids, is_response) * is_response.sum() / tokens
+                accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+            loss_of_update += loss.detach()
+        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, rows {batch.tolist()}")
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+        progress.update()
+        if update % args.log_every == 0 or update == len(updates):
+            record = {"update": update, "loss": accelerator.reduce(loss_of_update).item(), "grad_norm": grad_norm,
+                      "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
+            progress.set_postfix(loss=f"{record['loss']:.3f}")
+            if accelerator.is_main_process:
+                write_line(output / "metrics.jsonl", record)
+    progress.close()
+    save_run(accelerator, model, tokenizer, output,
+             f"# SFT model\n\n`{args.model}` fine-tuned on {len(data)} rows of `{args.data}`, {args.epochs} epochs. Final "
+             f"training loss: {record['loss']:.3f} nats per response token.\n\n"
+             f"    model = AutoModelForCausalLM.from_pretrained({args.output!r})")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, sys.argv[1:]))

@@ -1,0 +1,586 @@
+"""Stage 3: decoupled value policy optimization. The value model is frozen; only the policy learns.
+
+    python train_dvpo.py                                                  # Atlas, on a laptop
+    accelerate launch train_dvpo.py --advantage q --kl_coef 0.05
+
+Section 3.3, Eq. (2): clipped PPO in which the advantages are read off the frozen global value model. No reward model,
+no critic, no critic's optimiser: per step the policy answers prompts, three forward passes give log pi_old, log pi_ref
+and Q, and the policy is updated. Compare baselines/ppo.py, which has the same shape and keeps all that.
+
+Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | padding].
+Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
+Where    logp[b, t], q[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t), Q(tau, s_t, a_t).
+"""
+import functools
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, set_seed
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
+                          GenerationConfig, HfArgumentParser)
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
+
+
+# ---- 1. Arguments: "paper" is Appendix C, "ours" is chosen for Atlas on a laptop ----
+@dataclass
+class Args:
+    model: str = HfArg(default="runs/atlas/sft", help="SFT model: the policy's start and the reference")
+    gvm: str = HfArg(default="runs/atlas/gvm", help="global value model, the output of train_gvm.py")
+    data: str = HfArg(default="runs/atlas/data", help="data folder with rl.jsonl, or hub data set with prompts")
+    output: str = HfArg(default="runs/atlas/dvpo", help="run folder to write")
+    overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
+    bad_rows: str = HfArg(default="error", help="error: stop at a bad row. skip: drop and count bad rows")
+    advantage: Literal["q", "gae", "released"] = HfArg(default="gae", help="section 3.3's A = Q, section 3.4.1's "
+                                                       "A = Q - b accumulated by GAE, or the released code's")
+    gae_lambda: float = HfArg(default=0.95, help="lambda of gae and released; 0: A_t = Q_t - V(s_t)")
+    kl_coef: float = HfArg(default=0.05, help="beta of the KL penalty (paper: 0.05)")
+    target_kl: float = HfArg(default=0.1, help="KL(pi_old, pi) per token that ends a batch's epochs (paper: 0.1)")
+    clip_range: float = HfArg(default=0.2, help="epsilon of Eq. (2) (released code: 0.2)")
+    ppo_epochs: int = HfArg(default=2, help="passes over each batch of rollouts (paper: 4)")
+    truncated: Literal["keep", "mask", "penalise"] = HfArg(default="keep", help="a response cut at the length limit: "
+                                                           "train on it, leave it out, or r_T = -1 deviation")
+    max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
+    max_response_length: int = HfArg(default=64, help="tokens after which a response is cut (paper: 1024)")
+    lr: float = HfArg(default=3e-4, help="learning rate, constant (paper: 2e-6)")
+    steps: int = HfArg(default=80, help="batches of rollouts")
+    batch_size: int = HfArg(default=64, help="rollouts per step, over all processes (paper: 8)")
+    mini_batch_size: int = HfArg(default=32, help="rollouts per update, over all processes (paper: 2 x 2)")
+    micro_batch_size: int = HfArg(default=32, help="rollouts per forward pass and process")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours; released code: none)")
+    sample_every: int = HfArg(default=20, help="steps between two printed samples")
+    seed: int = HfArg(default=1, help="seed of everything random")
+
+
+def fail(message):
+    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def parse_args(cls, argv):
+    """Command line -> dataclass `cls`. `script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. Unknown flags and keys end the program."""
+    parser = HfArgumentParser(cls)
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
+        if not recipe.is_file():
+            fail(f"{recipe}: no such recipe")
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")).get(section)
+        if not isinstance(settings, dict):
+            fail(f"{recipe}: no section {section!r}")
+        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+    return cls(**vars(parser.parse_args(argv)))
+
+
+# ---- 2. Data ----
+def row_problem(row, fields):
+    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name, kind in fields.items():
+        value = row.get(name)
+        if value is None:
+            return f'no field "{name}"'
+        if kind == "number" and (isinstance(value, bool) or not isinstance(value, (int, float))
+                                 or not math.isfinite(value)):
+            return f'"{name}" is not a finite number: {value!r}'
+        if kind == "text" and not (isinstance(value, str) and value.strip()):
+            return f'"{name}" is empty or not a string'
+        if kind == "prompt" and not (isinstance(value, str) and value.strip()) and not (
+                isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                                                          and isinstance(m.get("content"), str) for m in value)):
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
+    if "chosen" in fields and row["chosen"] == row["rejected"]:
+        return '"chosen" and "rejected" are the same text'
+    return None
+
+
+def read_rows(data, split, fields, bad_rows="error"):
+    """The rows of data/split.jsonl, each checked. Returns a list of dicts, never empty.
+
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME with these columns; of a hub data set the
+              split "test" is read where a "test_*" file is asked for, else "train"
+    fields    {name: kind}, see row_problem
+    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
+    """
+    path = Path(data) / f"{split}.jsonl"
+    if path.is_file():
+        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
+    elif Path(data).exists() or str(data).count("/") != 1:
+        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
+    else:
+        import datasets
+        try:
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test") else "train")
+        except Exception as problem:
+            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
+    rows, skipped = [], 0
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            row = json.loads(line) if isinstance(line, bytes) else line
+            problem = row_problem(row, fields)
+        except ValueError as error:
+            problem = f"invalid JSON ({error})"
+        if problem is None:
+            rows.append(row)
+        elif bad_rows == "skip":
+            skipped += 1
+        else:
+            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+    if skipped:
+        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
+    return rows or fail(f"{path}: no usable row")
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
+
+    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def encode_response(tokenizer, response):
+    """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
+    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids + [tokenizer.eos_token_id]
+
+
+def collate(sequences, pad_id, device):
+    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+
+    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
+    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+    position = torch.arange(longest)                                                               # (T,)
+    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+
+
+def update_order(n, batch_size, epochs, seed):
+    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
+
+    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
+    incomplete last batch of an epoch is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
+    return torch.cat(orders).view(-1, batch_size)
+
+
+def with_tau(prompt, sequence, pool, k, max_length, rng):
+    """Section 3.2: "trajectories tau randomly sampled from the policy in question", "in unrelated contexts".
+
+    prompt    the row's own prompt: a pair about it is never drawn (it would show the answer, not the policy's manner)
+    sequence  (prompt ids, response ids) of the row
+    pool      [(prompt, (prompt ids, response ids)), ...] of the same policy
+    Returns the sequence with k question-answer pairs in front of its prompt, each tokenised just as a row is.
+    Pairs that would not fit into max_length tokens are left out, whole.
+    """
+    others = [pair for question, pair in pool if question != prompt] if k else []
+    if len(others) < k:
+        fail(f"tau: {k} pairs of the same policy are needed, {len(others)} rows have another prompt: lower --tau_pairs")
+    own, tau = len(sequence[0]) + len(sequence[1]), []
+    for question, answer in rng.sample(others, k):
+        if own + len(tau) + len(question) + len(answer) <= max_length:
+            tau += [*question, *answer]
+    return [*tau, *sequence[0]], sequence[1]
+
+
+# ---- 3. Loss: Eq. (2) ----
+def kl_reward(logp_old, logp_ref, is_response, kl_coef):
+    """r^KL_t = -beta * (log pi_old(a_t|s_t) - log pi_ref(a_t|s_t)), the k1 estimate of the KL penalty. All (B, T)."""
+    return torch.where(is_response, -kl_coef * (logp_old - logp_ref), 0.0)
+
+
+def shift_right(x):
+    """The value one position earlier: (B, T) -> (B, T). shift_right(q)[t] was read when s_t was seen, a_t not yet."""
+    return torch.nn.functional.pad(x[:, :-1], (1, 0))
+
+
+def advantage_q(q, reward_kl, is_response):
+    """Section 3.3: A_t = Q~_phi(tau, s_t, a_t); the token's own r^KL_t is added.                 # DEVIATION 4
+
+    q, reward_kl (B, T) float; is_response (B, T) bool. Returns (B, T), 0 off the mask.
+    """
+    return torch.where(is_response, q + reward_kl, 0.0)
+
+
+def advantage_gae(q, reward_kl, is_response, gamma, gae_lambda):
+    """Section 3.4.1, A(s, a) = Q(s, a) - b(s) with b(s) = V(s), accumulated as in GAE (Schulman et al., 2016):
+
+        delta_t = r^KL_t + Q(tau, s_t, a_t) - V(s_t)          A_t = delta_t + gamma * lambda * A_{t+1}
+
+    Transitions are deterministic, so V(s_t) needs no second model: it is Q one position earlier, divided by gamma
+    (Q(s_{t-1}, a_{t-1}) = r + gamma * V(s_t), r = 0), and V(s_1) is what the GVM says at the last prompt token.
+    lambda = 0: A = Q - V. lambda = 1, gamma = 1, without KL: A_t = Q_T - V(s_t).
+    q, reward_kl (B, T) float; is_response (B, T) bool. Returns (B, T), 0 off the mask.
+    """
+    delta = reward_kl + q - shift_right(q) / gamma                                                 # (B, T)
+    advantage, a_next = torch.zeros_like(q), torch.zeros_like(q[:, 0])
+    for t in reversed(range(q.shape[1])):
+        a_next = torch.where(is_response[:, t], delta[:, t] + gamma * gae_lambda * a_next, 0.0)
+        advantage[:, t] = a_next
+    return advantage
+
+
+def advantage_released(q, reward_kl, is_response, gamma, gae_lambda):
+    """What the authors' released code computes, as an ablation: GAE with V(s_t), KL rewards only and V = 0 at the end.
+
+        delta_t = r^KL_t + gamma * V(s_{t+1}) - V(s_t)        A_t = delta_t + gamma * lambda * A_{t+1}
+
+    No reward and no terminal value: the last token's advantage is -V(s_T), and at lambda = 1 A_t = -V(s_t).
+    Shapes as in advantage_gae.
+    """
+    v = shift_right(q)                                                                             # V(s_t)
+    advantage, a_next, v_next = torch.zeros_like(q), torch.zeros_like(q[:, 0]), torch.zeros_like(q[:, 0])
+    for t in reversed(range(q.shape[1])):
+        delta = reward_kl[:, t] + gamma * v_next - v[:, t]
+        a_next = torch.where(is_response[:, t], delta + gamma * gae_lambda * a_next, 0.0)
+        v_next = torch.where(is_response[:, t], v[:, t], 0.0)
+        advantage[:, t] = a_next
+    return advantage
+
+
+def whiten(x, mask, reduce=lambda total: total):
+    """(x - mean) / standard deviation over the True positions of the global batch; 0 elsewhere. (B, T) -> (B, T).
+
+    reduce  sums a tensor over all processes: the statistics are those of the whole batch, not of one GPU's part.
+    """
+    count = reduce(mask.sum()).clamp(min=1)
+    mean = reduce(torch.where(mask, x, 0.0).sum()) / count
+    centred = torch.where(mask, x - mean, 0.0)
+    variance = reduce(centred.square().sum()) / count
+    return centred * torch.rsqrt(variance + 1e-8)
+
+
+def ppo_loss(logp, logp_old, advantage, is_response, clip_range):
+    """Minus Eq. (2): L_PPO(theta) = E[min(r_t(theta) * A_t, clip(r_t(theta), 1-eps, 1+eps) * A_t)]
+
+    logp       (B, T) float  log pi_theta(a_t|s_t), with gradient
+    logp_old   (B, T) float  log pi_old(a_t|s_t), of the policy that wrote the batch
+    advantage  (B, T) float  A_t, whitened; a constant       is_response (B, T) bool
+    Returns the mean over the batch's response tokens, a scalar (to be minimised, hence the minus).
+    """
+    assert logp.shape == logp_old.shape == advantage.shape == is_response.shape and is_response.dtype == torch.bool
+    log_ratio = torch.where(is_response, logp - logp_old, 0.0)
+    ratio = log_ratio.exp()                                                    # r_t(theta) of Eq. (2)
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
+    objective = torch.where(is_response, torch.minimum(unclipped, clipped), 0.0)
+    return -objective.sum() / is_response.sum().clamp(min=1)                         # E[.]: per response token of the batch
+
+
+def last_token(is_response):
+    """True at each row's last response token: (B, T) bool -> (B, T) bool."""
+    return is_response & ~torch.nn.functional.pad(is_response[:, 1:], (0, 1))
+
+
+# ---- 4. Rollouts and scores ----
+@torch.no_grad()
+def rollout(policy, tokenizer, prompts, max_response_length):
+    """Samples one response to each prompt from pi_theta exactly. prompts: list of id lists. Returns a list of id lists.
+
+    A response ends with EOS, unless it was cut at max_response_length. It stays token ids: decoded and encoded again,
+    it could be split into other tokens than the policy chose.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
+    is_token = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=policy.device)
+    # generate() fills what a GenerationConfig leaves open from the model's own (top_k = 50, a repetition penalty, ...).
+    # Then pi_theta is not what is sampled, and the KL estimate goes negative. So the model's own is set aside.
+    own, policy.generation_config = policy.generation_config, GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    try:
+        written = policy.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
+    finally:
+        policy.generation_config = own
+    # Up to the first EOS: what stands behind it is padding, also where pad and EOS are the same token.
+    return [row[:row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in written]
+
+
+def token_logp(model, ids, is_token):
+    """log pi(a_t | s_t) of every token, at the token's own position: (B, T) float, 0 at position 0."""
+    logits = model(input_ids=ids, attention_mask=is_token).logits[:, :-1].float()                  # (B, T-1, V)
+    logp = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return torch.nn.functional.pad(logp, (1, 0))
+
+
+def token_values(gvm, sequences, behind_tau, width, pad_id):
+    """Q(tau, s_t, a_t) at the positions of [prompt | response]: (B, width) float; arbitrary behind the last token.
+
+    sequences   [(prompt ids, response ids)]
+    behind_tau  the same with tau in front of the prompt: what the GVM reads. tau's own positions are cut off.
+    """
+    ids, is_token, _ = collate(behind_tau, pad_id, gvm.device)
+    q = gvm(input_ids=ids, attention_mask=is_token).logits.squeeze(-1).float()                     # (B, longest)
+    start = torch.tensor([[len(behind[0]) - len(plain[0])] for behind, plain in zip(behind_tau, sequences)])
+    position = start + torch.arange(width)                                                         # (B, width)
+    return q.gather(1, position.clamp(max=q.shape[1] - 1).to(q.device))
+
+
+@torch.no_grad()
+def score_rollouts(policy, reference, gvm, sequences, behind_tau, args, pad_id):
+    """log pi_old, log pi_ref and Q of every token, each model once. Rows are [prompt | response | padding].
+
+    sequences   [(prompt ids, response ids)]       behind_tau  the same with tau in front, for the GVM
+    Returns ids, is_token, is_response, logp_old, logp_ref, q, each (B, T); q at the last prompt token is V(s_1).
+    """
+    ids, is_token, is_response = collate(sequences, pad_id, policy.device)
+    parts = []
+    for rows in torch.arange(len(sequences)).split(args.micro_batch_size):
+        # log pi_old comes from the code path of the update, not from generation: then the first ratio is exactly 1.
+        parts.append((token_logp(policy, ids[rows], is_token[rows]), token_logp(reference, ids[rows], is_token[rows]),
+                      token_values(gvm, [sequences[row] for row in rows], [behind_tau[row] for row in rows],
+                                   ids.shape[1], pad_id)))
+    return ids, is_token, is_response, *(torch.cat(part) for part in zip(*parts))
+
+
+# ---- 5. Run folder ----
+def load(auto_class, name, kind=None, **kwargs):
+    """auto_class.from_pretrained(name), with one clear line where that cannot work.
+
+    kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
+          a fresh, random head and say nothing that stops anyone.
+    """
+    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    transformers_logging.disable_progress_bar()
+    folder = Path(name)
+    if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
+        fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
+    try:
+        if kind:
+            made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0]
+            is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+            if is_value != (kind == "value"):
+                fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as problem:
+        fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
+
+
+def start_run(accelerator, args):
+    """Makes the run folder and writes args.json. A folder that holds anything is refused without --overwrite."""
+    output = Path(args.output)
+    if accelerator.is_main_process:
+        if output.exists() and any(output.iterdir()):
+            if not args.overwrite:
+                fail(f"{output}: holds another run. Choose another --output, or pass --overwrite to replace it")
+            if not (output / "args.json").is_file():
+                fail(f"{output}: is not a run folder (no args.json), so --overwrite will not delete it")
+            print(f"{output}: replacing the run that was here")
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return output
+
+
+def write_line(path, record):
+    """Appends one JSON line: metrics.jsonl, rollouts.jsonl."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def save_run(accelerator, model, tokenizer, output, card):
+    """Saves model, tokenizer and model card (README.md). The weights are moved in last: a folder with weights is whole."""
+    state = accelerator.get_state_dict(model)                        # every process takes part
+    if accelerator.is_main_process:
+        saving = Path(output) / ".saving"
+        shutil.rmtree(saving, ignore_errors=True)
+        accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
+        tokenizer.save_pretrained(saving)
+        command = f"python {' '.join(sys.argv)}"
+        (saving / "README.md").write_text(f"{card}\n\nMade by `{command}`. Settings: args.json. Log: metrics.jsonl.\n")
+        for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
+            os.replace(file, Path(output) / file.name)
+        saving.rmdir()
+    accelerator.wait_for_everyone()
+
+
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+    """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
+    if not math.isfinite(grad_norm):
+        saved = Path(output) / "checkpoints" / "before_nan"
+        saved.mkdir(parents=True, exist_ok=True)
+        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
+        fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
+
+
+# ---- 6. Training ----
+def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
+    """The PPO epochs on one batch of rollouts: Eq. (2), mini-batch by mini-batch, until the target KL is passed.
+
+    batch        (ids, is_token, is_response, logp_old, advantage), each (B, T): this process's rollouts
+    stop_if_bad  is called with the gradient norm before every update
+    Returns {metric: float}, over all processes (docs/metrics.md).
+    """
+    ids, is_token, is_response, logp_old, advantage = batch
+    tokens = accelerator.reduce(is_response.sum()).clamp(min=1)                # response tokens of the global batch
+    updates = args.batch_size // args.mini_batch_size                          # updates per epoch
+    ratio_error, grad_norms = 0.0, []
+    for epoch in range(args.ppo_epochs):
+        sums = torch.zeros(3, device=ids.device)
+        for micro in torch.randperm(len(ids)).split(args.micro_batch_size):
+            with accelerator.accumulate(policy):
+                logp = token_logp(policy, ids[micro], is_token[micro])                             # (micro, T)
+                # Eq. (2)'s E[.] is over the batch: a token weighs the same in whichever mini-batch it falls.
+                # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both
+                # are undone here.
+                loss = ppo_loss(logp, logp_old[micro], advantage[micro], is_response[micro], args.clip_range)
+                loss = loss * is_response[micro].sum() / tokens
+                accelerator.backward(loss * updates * accelerator.gradient_accumulation_steps
+                                     * accelerator.num_processes)
+            log_ratio = torch.where(is_response[micro], logp.detach() - logp_old[micro], 0.0)
+            if not grad_norms:                                                 # before the first update
+                ratio_error = max(ratio_error, (log_ratio.exp() - 1).abs().max().item())
+            sums += torch.stack([loss.detach(), (log_ratio.exp() - 1 - log_ratio).sum() / tokens,
+                                 ((log_ratio.exp() - 1).abs() > args.clip_range).sum() / tokens])
+            if accelerator.sync_gradients:
+                grad_norms.append(float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
+                stop_if_bad(grad_norms[-1])
+            optimizer.step()                                                   # of a whole mini-batch: else a no-op
+            optimizer.zero_grad()
+        loss, approx_kl, clip_fraction = accelerator.reduce(sums).tolist()
+        if approx_kl > args.target_kl:                                         # KL_target, Appendix C
+            break
+    return {"loss": loss, "approx_kl": approx_kl, "clip_fraction": clip_fraction, "ratio_error": ratio_error,
+            "grad_norm": sum(grad_norms) / len(grad_norms), "epochs": epoch + 1}
+
+
+def accumulation_steps(args):
+    """Micro-batches that make up one update, so that --mini_batch_size means the same on one GPU and on sixty-four."""
+    rows = args.micro_batch_size * PartialState().num_processes
+    if args.mini_batch_size < 1 or args.mini_batch_size % rows or args.batch_size % args.mini_batch_size:
+        fail(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size {args.mini_batch_size}, and that "
+             f"of --micro_batch_size x processes = {rows}")
+    return args.mini_batch_size // rows
+
+
+def main(args):
+    started = time.time()
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
+    set_seed(args.seed, device_specific=True)
+    tokenizer = load(AutoTokenizer, args.model)
+    gvm_tokenizer = load(AutoTokenizer, args.gvm)
+    if (tokenizer.get_vocab(), tokenizer.chat_template) != (gvm_tokenizer.get_vocab(), gvm_tokenizer.chat_template):
+        fail(f"{args.gvm}: its tokenizer or chat template is not that of {args.model}. A GVM reads the policy's own "
+             f"tokens: train it from this SFT model")
+    if tokenizer.chat_template is None:
+        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    prompts = [row["prompt"] for row in read_rows(args.data, "rl", {"prompt": "prompt"}, args.bad_rows)]
+    data = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    data = [(prompt, ids) for prompt, ids in data if len(ids) <= args.max_prompt_length]
+    accelerator.print(f"{len(data)} prompts; {len(prompts) - len(data)} longer than {args.max_prompt_length} dropped")
+    if len(data) < args.batch_size:
+        fail(f"{args.data}: {len(data)} usable prompts do not fill one batch: lower --batch_size {args.batch_size}, or "
+             f"raise --max_prompt_length {args.max_prompt_length}")
+
+    # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
+    policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
+    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
+    gvm = load(AutoModelForTokenClassification, args.gvm, kind="value", dtype=torch.float32).eval()
+    made = getattr(gvm.config, "gvm", None) or fail(f"{args.gvm}: no GVM settings in its config.json: train_gvm.py "
+                                                    f"writes them")
+    context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, gvm))
+    if args.max_prompt_length + args.max_response_length > context:
+        fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
+    output = start_run(accelerator, args)
+    for model in (reference, gvm):
+        model.requires_grad_(False).to(accelerator.device)             # frozen: neither gradient nor optimizer
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    total = functools.partial(accelerator.reduce, reduction="sum")
+    epochs = math.ceil(args.steps / (len(data) // args.batch_size))
+    batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
+
+    progress = tqdm(total=args.steps, desc="dvpo", mininterval=1, disable=not accelerator.is_main_process)
+    for step, batch in enumerate(batches, 1):
+        clock = [time.time()]
+        mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
+        questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
+        responses = rollout(accelerator.unwrap_model(policy), tokenizer, prompt_ids, args.max_response_length)
+        clock.append(time.time())
+
+        sequences = list(zip(prompt_ids, responses))
+        pool = list(zip(questions, sequences))                         # tau: the current policy's own latest answers
+        behind_tau = [with_tau(question, sequence, pool, made["tau_pairs"], context, random)
+                      for question, sequence in pool]
+        ids, is_token, is_response, logp_old, logp_ref, q = score_rollouts(
+            accelerator.unwrap_model(policy), reference, gvm, sequences, behind_tau, args, tokenizer.pad_token_id)
+        ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in responses], device=ids.device)[:, None]
+        reward = kl_reward(logp_old, logp_ref, is_response, args.kl_coef)                          # r^KL_t
+        if args.truncated == "penalise":
+            reward = reward - (last_token(is_response) & ~ended).float()
+        if args.advantage == "q":
+            advantage = advantage_q(q, reward, is_response)
+        elif args.advantage == "gae":
+            advantage = advantage_gae(q, reward, is_response, made["gamma"], args.gae_lambda)
+        else:
+            advantage = advantage_released(q, reward, is_response, made["gamma"], args.gae_lambda)
+        learned = is_response & ended if args.truncated == "mask" else is_response
+        advantage = whiten(advantage, learned, total)
+        clock.append(time.time())
+
+        metrics = improve(accelerator, policy, optimizer, (ids, is_token, learned, logp_old, advantage), args,
+                          lambda grad_norm: stop_if_not_finite(accelerator, policy, tokenizer, output, grad_norm,
+                                                               f"step {step}, rows {batch.tolist()}"))
+        clock.append(time.time())
+        if metrics["ratio_error"] > (1e-3 if accelerator.mixed_precision == "no" else 0.1):
+            fail(f"step {step}: the ratio differs from 1 by {metrics['ratio_error']:.2g} before the first update: log "
+                 f"pi_old and log pi_theta are not computed alike (dropout? another precision?)")
+        record = {"step": step} | metrics
+        per_response = {
+            "value": (last_token(is_response) * q).sum(-1) * made["reward_std"] + made["reward_mean"],
+            "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
+            "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
+            "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
+        record |= {name: (total(x.sum()) / args.batch_size).item() for name, x in per_response.items()}
+        record |= {f"seconds_{part}": clock[i + 1] - clock[i] for i, part in enumerate(("generate", "score", "update"))}
+        record["seconds"] = time.time() - started
+        samples = gather_object([
+            {"step": step, "prompt": question, "response": tokenizer.decode(response, skip_special_tokens=True),
+             "value": round(value, 4), "kl": round(kl, 4)} for question, response, value, kl
+            in zip(questions, responses, per_response["value"].tolist(), per_response["kl"].tolist())])
+        progress.update()
+        progress.set_postfix({name: f"{record[name]:.3f}" for name in ("value", "kl", "response_length")})
+        if accelerator.is_main_process:
+            write_line(output / "metrics.jsonl", record)
+            for sample in samples:
+                write_line(output / "rollouts.jsonl", sample)
+            if step % args.sample_every == 0:
+                for sample in samples[:3]:
+                    progress.write(f"{step:5} {sample['value']:+.2f}  {sample['prompt']}\n{'':12}{sample['response']}")
+    progress.close()
+    save_run(accelerator, policy, tokenizer, output,
+             f"# DVPO policy\n\n`{args.model}` aligned by the frozen value model `{args.gvm}` on prompts of `{args.data}`: "
+             f"{args.steps} steps of {args.batch_size} rollouts. Last step: value {record['value']:.3f}, KL to the "
+             f"reference {record['kl']:.2f} nats per response.\n\n"
+             f"    model = AutoModelForCausalLM.from_pretrained({args.output!r})")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, sys.argv[1:]))

@@ -1,0 +1,507 @@
+"""Stage 2: pretrain the global value model (GVM), Q_phi(tau, s, a), offline, by temporal differences. Then freeze it.
+
+    python train_gvm.py                                                   # Atlas, on a laptop
+    accelerate launch train_gvm.py --supervision pairs --tau_pairs 1      # from preferences, policy-conditioned
+
+Section 3.2, Eq. (1): the GVM learns the return-to-go of every prefix of every response in fixed preference data. It is
+a language model with one number per token instead of a vocabulary: a stock AutoModelForTokenClassification.
+
+Shapes   B rows, T tokens of the longest row. Rows are [tau | prompt | response | padding].
+Masks    is_token (B, T) no padding; is_response (B, T) tokens that the behaviour policy wrote, y^1..y^T, EOS included.
+Where    q[b, t] is read *at* the position of token a_t = y^t: there the model has seen s_t = [x, y^{<t}] and a_t.
+         One position earlier it has seen s_t only: that is V(s_t), which the authors' released code uses instead.
+"""
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser, get_scheduler)
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
+
+
+# ---- 1. Arguments: "paper" is Appendix C, "ours" is chosen for Atlas on a laptop ----
+@dataclass
+class Args:
+    model: str = HfArg(default="runs/atlas/sft", help="where the GVM starts: the SFT checkpoint (paper)")
+    data: str = HfArg(default="runs/atlas/data", help="data folder with scored.jsonl or pairs.jsonl, or hub data set")
+    output: str = HfArg(default="runs/atlas/gvm", help="run folder to write")
+    overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
+    bad_rows: str = HfArg(default="error", help="error: stop at a bad row. skip: drop and count bad rows")
+    supervision: Literal["scores", "pairs"] = HfArg(default="scores", help="scalar rewards, or pairs as +1/-1 (App. G)")
+    gamma: float = HfArg(default=1.0, help="discount factor (paper: 1)")
+    td_lambda: float = HfArg(default=0.95, help="0 is Eq. (1) to the letter, 1 Monte Carlo (released code: 0.95)")
+    tau_pairs: int = HfArg(default=0, help="K question-answer pairs that tell the policy (released code: none)")
+    max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped (paper: 1024)")
+    lr: float = HfArg(default=1e-3, help="peak learning rate (paper: 2e-6)")
+    warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the cosine decay (ours)")
+    epochs: int = HfArg(default=3, help="passes over the data (ours; released code: 1)")
+    batch_size: int = HfArg(default=32, help="rows per update, over all processes (paper: 32)")
+    micro_batch_size: int = HfArg(default=32, help="rows per forward pass and process; the rest is accumulated")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
+    eval_every: int = HfArg(default=200, help="updates between two evaluations on test_pairs.jsonl")
+    log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
+    seed: int = HfArg(default=1, help="seed of everything random")
+
+
+def fail(message):
+    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def parse_args(cls, argv):
+    """Command line -> dataclass `cls`. `script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. Unknown flags and keys end the program."""
+    parser = HfArgumentParser(cls)
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
+        if not recipe.is_file():
+            fail(f"{recipe}: no such recipe")
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")).get(section)
+        if not isinstance(settings, dict):
+            fail(f"{recipe}: no section {section!r}")
+        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+    return cls(**vars(parser.parse_args(argv)))
+
+
+# ---- 2. Data ----
+def row_problem(row, fields):
+    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name, kind in fields.items():
+        value = row.get(name)
+        if value is None:
+            return f'no field "{name}"'
+        if kind == "number" and (isinstance(value, bool) or not isinstance(value, (int, float))
+                                 or not math.isfinite(value)):
+            return f'"{name}" is not a finite number: {value!r}'
+        if kind == "text" and not (isinstance(value, str) and value.strip()):
+            return f'"{name}" is empty or not a string'
+        if kind == "prompt" and not (isinstance(value, str) and value.strip()) and not (
+                isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                                                          and isinstance(m.get("content"), str) for m in value)):
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
+    if "chosen" in fields and row["chosen"] == row["rejected"]:
+        return '"chosen" and "rejected" are the same text'
+    return None
+
+
+def read_rows(data, split, fields, bad_rows="error"):
+    """The rows of data/split.jsonl, each checked. Returns a list of dicts, never empty.
+
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME with these columns; of a hub data set the
+              split "test" is read where a "test_*" file is asked for, else "train"
+    fields    {name: kind}, see row_problem
+    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
+    """
+    path = Path(data) / f"{split}.jsonl"
+    if path.is_file():
+        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
+    elif Path(data).exists() or str(data).count("/") != 1:
+        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
+    else:
+        import datasets
+        try:
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test") else "train")
+        except Exception as problem:
+            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
+    rows, skipped = [], 0
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            row = json.loads(line) if isinstance(line, bytes) else line
+            problem = row_problem(row, fields)
+        except ValueError as error:
+            problem = f"invalid JSON ({error})"
+        if problem is None:
+            rows.append(row)
+        elif bad_rows == "skip":
+            skipped += 1
+        else:
+            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+    if skipped:
+        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
+    return rows or fail(f"{path}: no usable row")
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
+
+    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def encode_response(tokenizer, response):
+    """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
+    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids + [tokenizer.eos_token_id]
+
+
+def collate(sequences, pad_id, device):
+    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+
+    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
+    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+    position = torch.arange(longest)                                                               # (T,)
+    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+
+
+def update_order(n, batch_size, epochs, seed):
+    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
+
+    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
+    incomplete last batch of an epoch is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
+    return torch.cat(orders).view(-1, batch_size)
+
+
+class Trajectory(NamedTuple):
+    """One element of D = {(tau_i, s_i, a_i, G_i)}, section 3.1; tau is drawn anew each time, from the same policy."""
+    prompt: object              # str or chat messages
+    sequence: tuple             # (prompt ids, response ids)
+    reward: float               # r(x, y)
+    policy: str | None          # who wrote the response
+
+
+def read_trajectories(args, tokenizer, split, supervision):
+    """data/split.jsonl -> ([Trajectory, ...], number of rows dropped because they are longer than max_length).
+
+    supervision  "scores": the rows' rewards as they are. "pairs": +1 for chosen, -1 for rejected (Appendix G), the two
+                 of a pair next to each other; a pair is dropped whole.
+    """
+    sides = {"response": None} if supervision == "scores" else {"chosen": 1.0, "rejected": -1.0}
+    named = "policy" if supervision == "scores" else "policy_{}"
+    fields = {"prompt": "prompt"} | dict.fromkeys(sides, "text")
+    fields |= {"reward": "number"} if supervision == "scores" else {}
+    fields |= {named.format(side): "text" for side in sides} if args.tau_pairs else {}
+    rows, kept = read_rows(args.data, split, fields, args.bad_rows), []
+    for row in rows:
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        group = [Trajectory(row["prompt"], (prompt, encode_response(tokenizer, row[side])),
+                            row["reward"] if sign is None else sign, row.get(named.format(side)))
+                 for side, sign in sides.items()]
+        if all(sum(map(len, trajectory.sequence)) <= args.max_length for trajectory in group):
+            kept += group
+    return kept, len(rows) - len(kept) // len(sides)
+
+
+def with_tau(prompt, sequence, pool, k, max_length, rng):
+    """Section 3.2: "trajectories tau randomly sampled from the policy in question", "in unrelated contexts".
+
+    prompt    the row's own prompt: a pair about it is never drawn (it would show the answer, not the policy's manner)
+    sequence  (prompt ids, response ids) of the row
+    pool      [(prompt, (prompt ids, response ids)), ...] of the same policy
+    Returns the sequence with k question-answer pairs in front of its prompt, each tokenised just as a row is.
+    Pairs that would not fit into max_length tokens are left out, whole.
+    """
+    others = [pair for question, pair in pool if question != prompt] if k else []
+    if len(others) < k:
+        fail(f"tau: {k} pairs of the same policy are needed, {len(others)} rows have another prompt: lower --tau_pairs")
+    own, tau = len(sequence[0]) + len(sequence[1]), []
+    for question, answer in rng.sample(others, k):
+        if own + len(tau) + len(question) + len(answer) <= max_length:
+            tau += [*question, *answer]
+    return [*tau, *sequence[0]], sequence[1]
+
+
+def with_taus(trajectories, rows, k, max_length, seed):
+    """The sequences of some rows, each behind its tau: pairs of the same policy, another draw for another seed."""
+    pool = {}
+    for trajectory in trajectories if k else []:
+        pool.setdefault(trajectory.policy, []).append((trajectory.prompt, trajectory.sequence))
+    return [with_tau(trajectories[row].prompt, trajectories[row].sequence, pool.get(trajectories[row].policy, []), k,
+                     max_length, random.Random(f"{seed} {row}")) for row in rows]
+
+
+# ---- 3. Loss: Eq. (1) ----
+@torch.no_grad()
+def lambda_return(q, reward, is_value, gamma, td_lambda):
+    """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}), and 0 past the last token.
+
+    lambda = 0 is the one-step target of section 3.2, G_t = r_t + gamma * Q(tau, s_{t+1}, a_{t+1}). lambda = 1 is the
+    Monte Carlo return, G_t = gamma^(T-t) * r(x, y). In between: Sutton and Barto (2018), chapter 12.
+    q, reward (B, T) float; is_value (B, T) bool, contiguous in each row. Returns (B, T) float, 0 off the mask.
+    """
+    target = torch.zeros_like(q)
+    q_next = g_next = torch.zeros_like(q[:, 0])                                                    # (B,)
+    for t in reversed(range(q.shape[1])):
+        g = reward[:, t] + gamma * ((1 - td_lambda) * q_next + td_lambda * g_next)
+        # `where`, not a product with the mask: whatever stands off the mask (a NaN too) must not leak in.
+        g_next = torch.where(is_value[:, t], g, 0.0)
+        q_next = torch.where(is_value[:, t], q[:, t], 0.0)
+        target[:, t] = g_next
+    return target
+
+
+def td_loss(q, reward, is_value, gamma, td_lambda):
+    """Eq. (1): L_GVM(phi) = E[(r_t + gamma * Q_phi(tau, s_{t+1}, a_{t+1}) - Q_phi(tau, s_t, a_t))^2]
+
+    q          (B, T) float  Q_phi(tau, s_t, a_t), read at the position of token a_t
+    reward     (B, T) float  r_t: r(x, y) at the last response token, 0 elsewhere (section 3.1)
+    is_value   (B, T) bool   True where a value is learned: the response tokens, and the last prompt token (for V(s_1))
+    gamma      discount; td_lambda  0 is Eq. (1) to the letter                                     # DEVIATION 1
+    Returns the mean over the batch's value positions, a scalar.
+    """
+    assert q.shape == reward.shape == is_value.shape and is_value.dtype == torch.bool
+    target = lambda_return(q, reward, is_value, gamma, td_lambda)      # no gradient: a target, as in TD(0); DEVIATION 2
+    delta = torch.where(is_value, target - q, 0.0)                     # the bracket of Eq. (1)
+    return delta.square().sum() / is_value.sum()                       # E[.]: per value position of the batch
+
+
+def value_positions(is_response):
+    """The response tokens and the last prompt token: (B, T) bool -> (B, T) bool.
+
+    At the last prompt token the model has seen s_1 = x and no action yet. Trained with r = 0 and the same target as
+    everywhere, gamma * Q(tau, s_1, a_1), it learns V(s_1): the baseline that `--advantage gae` needs.  DEVIATION 3
+    """
+    return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
+
+
+def last_token(is_response):
+    """True at each row's last response token: (B, T) bool -> (B, T) bool."""
+    return is_response & ~torch.nn.functional.pad(is_response[:, 1:], (0, 1))
+
+
+# ---- 4. Measuring: pair accuracy by every aggregate of Table 8 ----
+def response_scores(q, is_response):
+    """One number per response from its token values: Table 8's mean and percentiles, and the last token's value.
+
+    q (B, T) float, is_response (B, T) bool. Returns {aggregate: (B,) float}.
+    """
+    nan = torch.where(is_response, q.float(), torch.nan)                                           # (B, T)
+    scores = {"mean": nan.nanmean(-1), "last": torch.where(last_token(is_response), q.float(), 0.0).sum(-1)}
+    return scores | {f"p{k}": nan.nanquantile(k / 100, dim=-1) for k in (1, 5, 10, 90, 95, 99)}
+
+
+@torch.no_grad()
+def score_responses(model, sequences, batch_size, pad_id):
+    """{aggregate: (N,) float} of N (prompt ids, response ids). Works for token- and sequence-level models alike.
+
+    The head is applied at every token by hand: a sequence-level class would pick the last token by looking for
+    padding, and take the one before EOS where pad and EOS are the same token.
+    """
+    head = value_head(model)
+    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
+    parts = []
+    for start in range(0, len(order), batch_size):
+        ids, is_token, is_response = collate([sequences[row] for row in order[start:start + batch_size]], pad_id,
+                                             model.device)
+        hidden = model.base_model(input_ids=ids, attention_mask=is_token).last_hidden_state        # (B, T, hidden)
+        parts.append(response_scores(head(hidden).squeeze(-1), is_response))
+    back = torch.tensor(order).argsort()
+    return {name: torch.cat([part[name].cpu() for part in parts])[back] for name in parts[0]}
+
+
+def pair_accuracy(chosen, rejected):
+    """Share of pairs in which the better answer has the higher score; a tie counts half. (N,) and (N,) -> float."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+
+
+def value_head(model):
+    """The linear layer hidden -> 1, whatever the architecture calls it."""
+    return getattr(model, "score", None) or model.classifier
+
+
+def evaluate(model, pairs, args, tokenizer):
+    """Held-out pair accuracy by every aggregate of Table 8: {"mean": ..., "last": ..., "p1": ..., ...}.
+
+    pairs  [chosen, rejected, chosen, rejected, ...] as Trajectories. The same tau every time: seed 0.
+    """
+    sequences = with_taus(pairs, range(len(pairs)), args.tau_pairs, args.max_length, seed=0)
+    scores = score_responses(model, sequences, args.micro_batch_size, tokenizer.pad_token_id)
+    return {name: pair_accuracy(score[0::2], score[1::2]) for name, score in scores.items()}
+
+
+# ---- 5. Run folder ----
+def load(auto_class, name, kind=None, **kwargs):
+    """auto_class.from_pretrained(name), with one clear line where that cannot work.
+
+    kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
+          a fresh, random head and say nothing that stops anyone.
+    """
+    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    transformers_logging.disable_progress_bar()
+    folder = Path(name)
+    if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
+        fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
+    try:
+        if kind:
+            made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0]
+            is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+            if is_value != (kind == "value"):
+                fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        return auto_class.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as problem:
+        fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
+
+
+def start_run(accelerator, args):
+    """Makes the run folder and writes args.json. A folder that holds anything is refused without --overwrite."""
+    output = Path(args.output)
+    if accelerator.is_main_process:
+        if output.exists() and any(output.iterdir()):
+            if not args.overwrite:
+                fail(f"{output}: holds another run. Choose another --output, or pass --overwrite to replace it")
+            if not (output / "args.json").is_file():
+                fail(f"{output}: is not a run folder (no args.json), so --overwrite will not delete it")
+            print(f"{output}: replacing the run that was here")
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return output
+
+
+def write_line(path, record):
+    """Appends one JSON line: metrics.jsonl, rollouts.jsonl."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def save_run(accelerator, model, tokenizer, output, card):
+    """Saves model, tokenizer and model card (README.md). The weights are moved in last: a folder with weights is whole."""
+    state = accelerator.get_state_dict(model)                        # every process takes part
+    if accelerator.is_main_process:
+        saving = Path(output) / ".saving"
+        shutil.rmtree(saving, ignore_errors=True)
+        accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
+        tokenizer.save_pretrained(saving)
+        command = f"python {' '.join(sys.argv)}"
+        (saving / "README.md").write_text(f"{card}\n\nMade by `{command}`. Settings: args.json. Log: metrics.jsonl.\n")
+        for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
+            os.replace(file, Path(output) / file.name)
+        saving.rmdir()
+    accelerator.wait_for_everyone()
+
+
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+    """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
+    if not math.isfinite(grad_norm):
+        saved = Path(output) / "checkpoints" / "before_nan"
+        saved.mkdir(parents=True, exist_ok=True)
+        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
+        fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
+
+
+# ---- 6. Training ----
+def accumulation_steps(args):
+    """Micro-batches that make up one update, so that --batch_size means the same on one GPU and on sixty-four."""
+    rows = args.micro_batch_size * PartialState().num_processes
+    if args.batch_size < 1 or args.batch_size % rows:
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = {rows}")
+    return args.batch_size // rows
+
+
+def main(args):
+    started = time.time()
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
+    set_seed(args.seed)
+    tokenizer = load(AutoTokenizer, args.model)
+    if tokenizer.chat_template is None:
+        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    split = "scored" if args.supervision == "scores" else "pairs"
+    data, dropped = read_trajectories(args, tokenizer, split, args.supervision)
+    accelerator.print(f"{len(data)} trajectories; {dropped} rows longer than {args.max_length} tokens dropped")
+    if len(data) < args.batch_size:
+        fail(f"{args.data}: {len(data)} trajectories do not fill one batch: lower --batch_size {args.batch_size}, or "
+             f"raise --max_length {args.max_length}")
+    rewards = torch.tensor([trajectory.reward for trajectory in data])
+    # Scores of any scale: learn in units of the training set's deviation, and save both to map values back.
+    mean, std = (rewards.mean().item(), rewards.std().item()) if args.supervision == "scores" else (0.0, 1.0)
+    if not std > 0:
+        fail(f"{args.data}: all rewards are equal ({mean}): there is nothing to learn")
+    rewards = (rewards - mean) / std
+    pairs = []
+    if not Path(args.data).is_dir() or (Path(args.data) / "test_pairs.jsonl").is_file():
+        pairs, _ = read_trajectories(args, tokenizer, "test_pairs", "pairs")
+    else:
+        accelerator.print(f"{args.data}: no test_pairs.jsonl, so no pair accuracy is measured")
+
+    config = AutoConfig.from_pretrained(args.model, num_labels=1)
+    config.classifier_dropout = config.attention_dropout = 0.0         # a value is a number, not a lottery
+    config.gvm = {"gamma": args.gamma, "td_lambda": args.td_lambda, "tau_pairs": args.tau_pairs,
+                  "supervision": args.supervision, "reward_mean": mean, "reward_std": std}
+    model = load(AutoModelForTokenClassification, args.model, kind="policy", config=config, dtype=torch.float32)
+    for parameter in value_head(model).parameters():
+        torch.nn.init.zeros_(parameter)                                # Q = 0 everywhere: no opinion before the data
+    output = start_run(accelerator, args)
+    model.eval()                                                       # dropout off; gradients flow all the same
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
+    scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    progress = tqdm(total=len(updates), desc="gvm", mininterval=1, disable=not accelerator.is_main_process)
+    for update, batch in enumerate(updates, 1):
+        tokens = sum(len(data[row].sequence[1]) + 1 for row in batch)          # value positions of the whole update
+        mine = batch[accelerator.process_index::accelerator.num_processes]
+        loss_of_update = torch.zeros((), device=accelerator.device)
+        for micro in mine.split(args.micro_batch_size):
+            sequences = with_taus(data, micro.tolist(), args.tau_pairs, args.max_length, f"{args.seed} {update}")
+            ids, is_token, is_response = collate(sequences, tokenizer.pad_token_id, accelerator.device)
+            reward = last_token(is_response) * rewards[micro, None].to(accelerator.device)             # (B, T): r_t
+            is_value = value_positions(is_response)
+            with accelerator.accumulate(model):
+                q = model(input_ids=ids, attention_mask=is_token).logits.squeeze(-1).float()           # (B, T)
+                # A micro-batch counts by its share of the update's positions, so that the update is the mean over all
+                # of them however they are divided into micro-batches and processes. backward() divides by the number
+                # of micro-batches, and the processes' gradients are averaged: both are undone here.
+                loss = td_loss(q, reward, is_value, args.gamma, args.td_lambda) * is_value.sum() / tokens
+                accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+            loss_of_update += loss.detach()
+        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, rows {batch.tolist()}")
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+        progress.update()
+        record = {"update": update, "loss": accelerator.reduce(loss_of_update).item(), "grad_norm": grad_norm,
+                  "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
+        if pairs and (update % args.eval_every == 0 or update == len(updates)):
+            record["pair_accuracy"] = evaluate(accelerator.unwrap_model(model), pairs, args, tokenizer)
+            progress.write(f"update {update}: held-out pair accuracy, mean value {record['pair_accuracy']['mean']:.3f}, "
+                           f"last value {record['pair_accuracy']['last']:.3f}")
+        if accelerator.is_main_process and ("pair_accuracy" in record or update % args.log_every == 0):
+            write_line(output / "metrics.jsonl", record)
+            progress.set_postfix(loss=f"{record['loss']:.3f}")
+    progress.close()
+    save_run(accelerator, model, tokenizer, output,
+             f"# Global value model\n\nQ(tau, s, a) of section 3.2, started from `{args.model}`, trained on {len(data)} "
+             f"trajectories of `{args.data}` ({args.supervision}). Held-out pair accuracy: "
+             f"{record.get('pair_accuracy', 'not measured')}.\n\n"
+             f"    gvm = AutoModelForTokenClassification.from_pretrained({args.output!r})\n"
+             f"    q = gvm(input_ids=ids).logits.squeeze(-1)    # (B, T): the value of each token, after it is read\n"
+             f"    q = q * gvm.config.gvm['reward_std'] + gvm.config.gvm['reward_mean']    # in units of the scores")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, sys.argv[1:]))
