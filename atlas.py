@@ -11,7 +11,7 @@ the half-written answer, let the program finish it many times, average the oracl
 
 The oracle makes the offline data and judges the results. No training script ever sees it.
 """
-# ---- contents ----  1. Facts  2. Questions  3. Oracle  4. Behaviour policies  5. Truth  6. Files  7. Summary
+# ---- contents ----  1. Facts  2. Questions  3. Oracle  4. Behaviour policies  5. Truth  6. Files  7. Summary  8. Main
 import hashlib
 import json
 import random
@@ -117,8 +117,8 @@ WORDINGS = {
                 "Please name the capital of {name}.", "Can you tell me the capital of {name}?",
                 "I forgot the capital of {name}. What is it?", "{name}: what is its capital?"],
     "continent": ["On which continent is {name}?", "Where in the world is {name}?",
-                  "Which continent does {name} belong to?", "Can you tell me the continent of {name}?",
-                  "What continent is {name} part of?", "Please name the continent where {name} lies."],
+                  "Which continent does {name} belong to?", "On which continent is {capital}?",
+                  "Where in the world is {capital}?", "Which continent does {capital} belong to?"],
     # The paper's Figure 3 asks "As an island, is Beijing located in Asia?". The premise is always false here.
     "premise": ["As {premise}, is {capital} located in {continent}?", "As {premise}, is {capital} in {continent}?",
                 "Since {capital} is {premise}, does it belong to {continent}?",
@@ -143,7 +143,7 @@ CLAIMS = [re.compile(f"^{pattern}$") for pattern in [
     r"(?P<short>Yes, it is|No, it is not)\.",
     rf"The capital of (?P<name>{NAME}) is (?P<capital>{CITY})\.",
     rf"(?:It is|Its capital is) (?P<capital>{CITY})\.",
-    rf"(?P<name>{NAME}) is in (?P<continent>{LAND})\.",
+    rf"(?:(?P<name>{NAME})|(?P<city>{CITY})) is in (?P<continent>{LAND})\.",
     rf"It (?:is|lies) in (?P<continent>{LAND})\.",
     r"The country (?P<sea>is surrounded by sea|has land borders)\.",
     rf"It is the capital of (?P<capital_of>{NAME})\.",
@@ -162,7 +162,7 @@ def claims(kind, country, sentence):
     if match is None:
         return None
     said = {key: value for key, value in match.groupdict().items() if key in match.re.groupindex}
-    on_topic = said.get("name", country.name) == country.name and said.get("city", country.capital) == country.capital
+    on_topic = said.get("name") in (None, country.name) and said.get("city") in (None, country.capital)
     found = {}
     if "island" in said:
         says_island = said["island"] is None
@@ -246,8 +246,11 @@ POLICIES = {
 }
 
 
-def answers(kind, c):
-    """The right and the wrong answers to a question, each as (full sentences, short sentences)."""
+def answers(kind, c, subject):
+    """The right and the wrong answers to a question, each as (full sentences, short sentences).
+
+    subject  what the question is about: the country's name, or its capital
+    """
     lies = [COUNTRIES[(COUNTRIES.index(c) + step) % len(COUNTRIES)].capital for step in (1, 2)]
     elsewhere = [CONTINENTS[(CONTINENTS.index(c.continent) + step) % len(CONTINENTS)] for step in (1, 2)]
     if kind == "island":
@@ -258,14 +261,14 @@ def answers(kind, c):
         return (([f"The capital of {c.name} is {c.capital}."], [f"It is {c.capital}."]),
                 ([f"The capital of {c.name} is {lie}." for lie in lies], [f"It is {lie}." for lie in lies]))
     if kind == "continent":
-        return (([f"{c.name} is in {c.continent}."], [f"It is in {c.continent}."]),
-                ([f"{c.name} is in {land}." for land in elsewhere], [f"It is in {land}." for land in elsewhere]))
+        return (([f"{subject} is in {c.continent}."], [f"It is in {c.continent}."]),
+                ([f"{subject} is in {land}." for land in elsewhere], [f"It is in {land}." for land in elsewhere]))
     return (([f"{c.capital} is not {c.premise}, but it is in {c.continent}."], ["No, it is not."]),
             ([f"{c.capital} is {c.premise}, and it is in {c.continent}."], ["Yes, it is."]))
 
 
-def extras(kind, c):
-    """Two extra facts that suit a question, each as (right sentence, wrong sentences)."""
+def extras(kind, c, subject):
+    """Two extra facts that suit a question about `subject`, each as (right sentence, wrong sentences)."""
     lies = [COUNTRIES[(COUNTRIES.index(c) + step) % len(COUNTRIES)] for step in (1, 2)]
     sea = ["The country has land borders.", "The country is surrounded by sea."]
     capital = (f"Its capital is {c.capital}.", [f"Its capital is {lie.capital}." for lie in lies])
@@ -273,8 +276,9 @@ def extras(kind, c):
     elsewhere = [CONTINENTS[(CONTINENTS.index(c.continent) + step) % len(CONTINENTS)] for step in (1, 2)]
     continent = (f"It lies in {c.continent}.", [f"It lies in {land}." for land in elsewhere])
     coast = (sea[c.island], [sea[not c.island]])
-    return {"island": (capital, continent), "capital": (continent, coast), "continent": (capital, coast),
-            "premise": (capital_of, coast)}[kind]
+    if subject == c.capital:
+        return capital_of, coast
+    return {"island": (capital, continent), "capital": (continent, coast), "continent": (capital, coast)}[kind]
 
 
 def spread(probability, sentences):
@@ -286,11 +290,12 @@ def spread(probability, sentences):
 def slots(policy, prompt):
     """The behaviour policy for one prompt: a tuple of slots, each a list of (probability, sentence or "")."""
     b, (kind, c) = POLICIES[policy], QUESTIONS[prompt]
-    (right_full, right_short), (wrong_full, wrong_short) = answers(kind, c)
+    subject = c.capital if c.capital in prompt else c.name
+    (right_full, right_short), (wrong_full, wrong_short) = answers(kind, c, subject)
     row = [spread(b.polite, POLITE[:3]) + spread(b.rude, RUDE) + [(1 - b.polite - b.rude, "")],
            spread(b.right * b.full, right_full) + spread(b.right * (1 - b.full), right_short)
            + spread((1 - b.right) * b.full, wrong_full) + spread((1 - b.right) * (1 - b.full), wrong_short)]
-    for right, wrong in extras(kind, c):
+    for right, wrong in extras(kind, c, subject):
         row.append([(b.extra * b.extra_right, right)] + spread(b.extra * (1 - b.extra_right), wrong)
                    + [(1 - b.extra, "")])
     row += [spread(b.ramble, RAMBLE) + [(1 - b.ramble, "")]] * 4
@@ -395,7 +400,7 @@ def preference_pairs(rows, per_prompt, rng):
 
 
 def write_data(folder, seed):
-    """Writes the data folder (FORMAT in README.md): seven JSON-lines files and manifest.json. Deterministic per seed."""
+    """Writes the data folder (format: README.md): seven JSON-lines files and manifest.json. Deterministic per seed."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, parts = random.Random(f"data {seed}"), split_prompts(seed)
     sft = [{"prompt": row["prompt"], "response": row["response"]} for row in scored_rows(parts["sft"], 2, rng)]
@@ -470,7 +475,56 @@ def write_world(output, seed, overwrite):
     print(f"wrote {output / 'data'} and {output / 'base'} ({parameters:,} parameters, seed {seed})")
 
 
-# ---- 7. Main ----
+# ---- 7. Summary: the closing table of `make demo` ----
+def read_summary(run):
+    """The numbers of a finished demo in one nested dict, which becomes runs/atlas/summary.json."""
+    def last_line(name):
+        return json.loads((run / name / "metrics.jsonl").read_text().splitlines()[-1])
+
+    world = json.loads((run / "base" / "args.json").read_text())
+    values = json.loads((run / "eval" / "values.json").read_text())
+    policy = json.loads((run / "eval" / "policy.json").read_text())
+    summary = {"seed": world["seed"]}
+    for name, model in policy["models"].items():
+        summary[name] = {"oracle_mean": model["score"]["mean"],
+                         "oracle_interval": [model["score"]["low"], model["score"]["high"]],
+                         "kl_to_ref": model["kl"]["mean"], "response_length": model["response_length"],
+                         "eos_rate": model["eos_rate"]}
+    rate = policy["win_rate"]["dvpo"]["sft"]
+    summary["dvpo"] |= {"win_rate_vs_sft": rate["mean"], "win_rate_interval": [rate["low"], rate["high"]]}
+    summary["gvm"] = {"pair_accuracy": {name: x["mean"] for name, x in values["pair_accuracy"].items()}}
+    summary["seconds"] = {"data": world["seconds"], "evaluate": values["seconds"] + policy["seconds"]}
+    summary["seconds"] |= {stage: last_line(stage)["seconds"] for stage in ("sft", "gvm", "dvpo")}
+    return summary
+
+
+def print_summary(run):
+    """Prints the demo's table, three questions with both models' answers, and where the figures are."""
+    summary = read_summary(run)
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    sft, dvpo, accuracy = summary["sft"], summary["dvpo"], summary["gvm"]["pair_accuracy"]
+    rows = [("oracle score, -1 to 1", "oracle_mean", "{:+.3f}"), ("  95 % interval", "oracle_interval", ""),
+            ("KL to the reference, nats per answer", "kl_to_ref", "{:.2f}"),
+            ("answer length, tokens", "response_length", "{:.1f}"), ("answers that end (EOS)", "eos_rate", "{:.1%}")]
+    print(f"\nAtlas, seed {summary['seed']}, held-out questions{'SFT':>17}{'DVPO':>18}")
+    for title, key, form in rows:
+        cells = [form.format(x[key]) if form else "{:+.3f} to {:+.3f}".format(*x[key]) for x in (sft, dvpo)]
+        print(f"{title:38}{cells[0]:>17}{cells[1]:>18}")
+    low, high = dvpo["win_rate_interval"]
+    print(f"{'win rate of DVPO over SFT':38}{'':17}{dvpo['win_rate_vs_sft']:>18.3f}   ({low:.3f} to {high:.3f})")
+    print(f"GVM, held-out pair accuracy: mean value {accuracy['mean']:.3f}, last value {accuracy['last']:.3f}")
+    print("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items()))
+    answers = [json.loads(line) for line in (run / "eval" / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    for kind in ("premise", "island", "capital"):
+        prompt = next(answer["prompt"] for answer in answers if QUESTIONS[answer["prompt"]][0] == kind)
+        print(f"\n  {prompt}")
+        for name in ("sft", "dvpo"):
+            said = next(answer for answer in answers if answer["prompt"] == prompt and answer["model"] == name)
+            print(f"    {name:5}{said['score']:+.2f}  {said['response']}")
+    print("\n" + "\n".join(str(path) for path in sorted((run / "figures").iterdir())) + f"\n{run / 'summary.json'}")
+
+
+# ---- 8. Main ----
 def main(argv):
     import argparse
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -479,8 +533,13 @@ def main(argv):
     world.add_argument("--output", default="runs/atlas", help="folder that gets data/ and base/")
     world.add_argument("--seed", type=int, default=1, help="seed of the split, the answers and the weights")
     world.add_argument("--overwrite", action="store_true", help="replace a world that is there already")
+    summary = commands.add_parser("summary", help="print the table of a finished demo and write summary.json")
+    summary.add_argument("--run", default="runs/atlas", help="folder of the demo")
     args = parser.parse_args(argv)
-    write_world(args.output, args.seed, args.overwrite)
+    if args.command == "world":
+        write_world(args.output, args.seed, args.overwrite)
+    else:
+        print_summary(Path(args.run))
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def evaluate_values(args):
     """Pair accuracy of a value model by every aggregate of Table 8, each with its 95 % interval."""
     if args.output and Path(args.output).exists() and not args.overwrite:
         fail(f"{args.output}: exists already. Choose another --output, or pass --overwrite")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device, started = "cuda" if torch.cuda.is_available() else "cpu", time.time()
     tokenizer = load(AutoTokenizer, args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     config = load(AutoConfig, args.model)
@@ -352,7 +352,8 @@ def evaluate_values(args):
     scores = score_responses(model, sequences, args.batch_size, tokenizer.pad_token_id)
     accuracy = {name: bootstrap(wins(score[0::2], score[1::2]), args.seed) for name, score in scores.items()}
     result = {"model": args.model, "data": args.data, "pairs": len(pairs) // 2,
-              "dropped": len(rows) - len(pairs) // 2, "tau_pairs": k, "pair_accuracy": accuracy}
+              "dropped": len(rows) - len(pairs) // 2, "tau_pairs": k, "pair_accuracy": accuracy,
+              "seconds": time.time() - started}
     print(f"{args.model} on {result['pairs']} pairs of {args.data} ({result['dropped']} too long)")
     for name, x in accuracy.items():
         print(f"  {name:5} {x['mean']:.3f}   95 % interval {x['low']:.3f} to {x['high']:.3f}")

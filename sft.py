@@ -45,7 +45,7 @@ class Args:
     max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped and counted")
     lr: float = HfArg(default=3e-3, help="peak learning rate (paper: 2e-5)")
     warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the cosine decay (paper: 2)")
-    epochs: int = HfArg(default=3, help="passes over the data (paper: 3)")
+    epochs: int = HfArg(default=4, help="passes over the data (paper: 3)")
     batch_size: int = HfArg(default=16, help="rows per update, over all processes (paper: 16)")
     micro_batch_size: int = HfArg(default=16, help="rows per forward pass and process; the rest is accumulated")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")

@@ -1,0 +1,66 @@
+# make demo | make test        SEED=3: another seed.  PYTHON=python3 VENV= : the current environment, nothing installed
+PYTHON ?= python3
+VENV   ?= .venv
+SEED   ?= 1
+RUN    ?= runs/atlas
+
+ifeq ($(strip $(VENV)),)
+PY        := $(PYTHON)
+INSTALLED :=
+else
+PY        := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+endif
+
+help:
+	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
+	@echo "make test      ruff and the whole test suite"
+	@echo "options        SEED=3 (every seed) | RUN=folder (default runs/atlas) | PYTHON=python3 VENV= (no new environment)"
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# A demo with another seed is set aside under its seed's name, and taken up again when that seed is asked for.
+demo: $(INSTALLED)
+	@was=$$(sed -n 's/.*"seed": \([0-9]*\).*/\1/p' $(RUN)/base/args.json 2>/dev/null); \
+	if [ -n "$$was" ] && [ "$$was" != "$(SEED)" ]; then \
+	    if [ -e $(RUN)-seed$$was ]; then echo "error: $(RUN)-seed$$was is in the way: move it"; exit 1; fi; \
+	    mv $(RUN) $(RUN)-seed$$was && echo "the demo of seed $$was is now in $(RUN)-seed$$was"; fi; \
+	if [ ! -e $(RUN) ] && [ -e $(RUN)-seed$(SEED) ]; then mv $(RUN)-seed$(SEED) $(RUN); fi
+	@$(MAKE) --no-print-directory stages
+	@$(PY) atlas.py summary --run $(RUN)
+
+stages: $(RUN)/figures/tokens.png $(RUN)/figures/curves.png $(RUN)/eval/values.json $(RUN)/eval/policy.json
+
+# Each stage waits for the stage before it and for its own script; --overwrite only replaces what is older than these.
+$(RUN)/data/manifest.json: atlas.py
+	$(PY) atlas.py world --output $(RUN) --seed $(SEED) --overwrite
+
+$(RUN)/sft/model.safetensors: sft.py $(RUN)/data/manifest.json
+	$(PY) sft.py --model $(RUN)/base --data $(RUN)/data --output $(RUN)/sft --seed $(SEED) --overwrite
+
+$(RUN)/gvm/model.safetensors: train_gvm.py $(RUN)/sft/model.safetensors
+	$(PY) train_gvm.py --model $(RUN)/sft --data $(RUN)/data --output $(RUN)/gvm --seed $(SEED) --overwrite
+
+$(RUN)/dvpo/model.safetensors: train_dvpo.py $(RUN)/gvm/model.safetensors
+	$(PY) train_dvpo.py --model $(RUN)/sft --gvm $(RUN)/gvm --data $(RUN)/data --output $(RUN)/dvpo --seed $(SEED) --overwrite
+
+$(RUN)/eval/values.json: evaluate.py $(RUN)/gvm/model.safetensors
+	$(PY) evaluate.py values --model $(RUN)/gvm --data $(RUN)/data --output $@ --seed $(SEED) --overwrite
+
+$(RUN)/eval/policy.json: evaluate.py $(RUN)/dvpo/model.safetensors
+	$(PY) evaluate.py policy --models $(RUN)/sft $(RUN)/dvpo --data $(RUN)/data --judge atlas.py:oracle --output $(RUN)/eval --seed $(SEED) --overwrite
+
+$(RUN)/figures/tokens.png: figures.py $(RUN)/gvm/model.safetensors
+	$(PY) figures.py tokens --gvm $(RUN)/gvm --output $(RUN)/figures --overwrite
+
+$(RUN)/figures/curves.png: figures.py $(RUN)/dvpo/model.safetensors
+	$(PY) figures.py curves --runs $(RUN)/dvpo --judge atlas.py:oracle --output $(RUN)/figures --overwrite
+
+test: $(INSTALLED)
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+.PHONY: help demo stages test
