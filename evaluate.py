@@ -16,6 +16,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -34,7 +35,7 @@ class ValuesArgs:
     split: str = HfArg(default="test_pairs", help="which pairs")
     output: str = HfArg(default="", help="file to write the numbers to (JSON); none: print only")
     overwrite: bool = HfArg(default=False, help="replace --output if it exists")
-    bad_rows: str = HfArg(default="error", help="error: stop at a bad row. skip: drop and count bad rows")
+    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
     max_length: int = HfArg(default=1024, help="pairs with a longer side (prompt + response, tokens) are dropped")
     batch_size: int = HfArg(default=64, help="responses per forward pass")
     seed: int = HfArg(default=1, help="seed of tau and of the bootstrap")
@@ -48,7 +49,7 @@ class PolicyArgs:
     judge: str = HfArg(default="atlas.py:oracle", help="FILE.py:FUNCTION, (prompt, response) -> score")
     output: str = HfArg(default="", help="folder for policy.json and answers.jsonl; none: print only")
     overwrite: bool = HfArg(default=False, help="replace the evaluation that is in --output")
-    bad_rows: str = HfArg(default="error", help="error: stop at a bad row. skip: drop and count bad rows")
+    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
     samples: int = HfArg(default=4, help="answers per prompt and model")
     max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
     max_response_length: int = HfArg(default=64, help="tokens after which a response is cut")
@@ -62,18 +63,16 @@ def fail(message):
 
 
 def parse_args(cls, argv):
-    """Command line -> dataclass `cls`. `script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. Unknown flags and keys end the program."""
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
     parser = HfArgumentParser(cls)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        if not recipe.is_file():
-            fail(f"{recipe}: no such recipe")
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")).get(section)
-        if not isinstance(settings, dict):
-            fail(f"{recipe}: no section {section!r}")
-        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -84,28 +83,26 @@ def row_problem(row, fields):
         return "not a JSON object"
     for name, kind in fields.items():
         value = row.get(name)
+        text = isinstance(value, str) and bool(value.strip())
+        chat = isinstance(value, list) and value and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
         if value is None:
             return f'no field "{name}"'
-        if kind == "number" and (isinstance(value, bool) or not isinstance(value, (int, float))
-                                 or not math.isfinite(value)):
+        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
             return f'"{name}" is not a finite number: {value!r}'
-        if kind == "text" and not (isinstance(value, str) and value.strip()):
+        if kind == "text" and not text:
             return f'"{name}" is empty or not a string'
-        if kind == "prompt" and not (isinstance(value, str) and value.strip()) and not (
-                isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                                                          and isinstance(m.get("content"), str) for m in value)):
+        if kind == "prompt" and not (text or chat):
             return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
-    if "chosen" in fields and row["chosen"] == row["rejected"]:
-        return '"chosen" and "rejected" are the same text'
-    return None
+    same = "chosen" in fields and row["chosen"] == row["rejected"]
+    return '"chosen" and "rejected" are the same text' if same else None
 
 
 def read_rows(data, split, fields, bad_rows="error"):
-    """The rows of data/split.jsonl, each checked. Returns a list of dicts, never empty.
+    """The rows of data/split.jsonl, each checked by row_problem. Returns a list of dicts, never empty.
 
-    data      a folder (README.md, "Data"), or a hub data set ORG/NAME with these columns; of a hub data set the
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
               split "test" is read where a "test_*" file is asked for, else "train"
-    fields    {name: kind}, see row_problem
     bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
     """
     path = Path(data) / f"{split}.jsonl"
@@ -128,12 +125,10 @@ def read_rows(data, split, fields, bad_rows="error"):
             problem = row_problem(row, fields)
         except ValueError as error:
             problem = f"invalid JSON ({error})"
-        if problem is None:
-            rows.append(row)
-        elif bad_rows == "skip":
-            skipped += 1
-        else:
+        if problem and bad_rows == "error":
             fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+        skipped += bool(problem)
+        rows += [] if problem else [row]
     if skipped:
         print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
     return rows or fail(f"{path}: no usable row")
@@ -303,7 +298,7 @@ def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
     kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
-          a fresh, random head and say nothing that stops anyone.
+          a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
@@ -311,11 +306,10 @@ def load(auto_class, name, kind=None, **kwargs):
     if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
-        if kind:
-            made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0]
-            is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
-            if is_value != (kind == "value"):
-                fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
+        is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+        if kind and is_value != (kind == "value"):
+            fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as problem:
         fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
@@ -348,7 +342,8 @@ def evaluate_values(args):
     if not pairs:
         fail(f"{args.data}: no pair fits into --max_length {args.max_length}")
     rng = random.Random(args.seed)
-    sequences = [with_tau(prompt, sequence, pool[policy], k, args.max_length, rng) for prompt, sequence, policy in pairs]
+    sequences = [with_tau(prompt, sequence, pool[policy], k, args.max_length, rng)
+                 for prompt, sequence, policy in pairs]
     scores = score_responses(model, sequences, args.batch_size, tokenizer.pad_token_id)
     accuracy = {name: bootstrap(wins(score[0::2], score[1::2]), args.seed) for name, score in scores.items()}
     result = {"model": args.model, "data": args.data, "pairs": len(pairs) // 2,

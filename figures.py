@@ -51,18 +51,16 @@ def fail(message):
 
 
 def parse_args(cls, argv):
-    """Command line -> dataclass `cls`. `script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. Unknown flags and keys end the program."""
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
     parser = HfArgumentParser(cls)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        if not recipe.is_file():
-            fail(f"{recipe}: no such recipe")
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")).get(section)
-        if not isinstance(settings, dict):
-            fail(f"{recipe}: no section {section!r}")
-        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -86,7 +84,7 @@ def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
     kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
-          a fresh, random head and say nothing that stops anyone.
+          a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
@@ -94,11 +92,10 @@ def load(auto_class, name, kind=None, **kwargs):
     if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
-        if kind:
-            made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0]
-            is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
-            if is_value != (kind == "value"):
-                fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
+        is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+        if kind and is_value != (kind == "value"):
+            fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as problem:
         fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
@@ -203,8 +200,9 @@ def write_token_page(path, prompt, answers):
     path.write_text(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Token values</title>'
         f"<style>{style}</style></head><body>\n<h1>{html.escape(prompt)}</h1>\n"
-        f"<p>The value Q(tau, s, a) of each token, read after it: blue above zero, red below (scale &plusmn;{limit:.2f}). "
-        f"Move the mouse over a token for the numbers.</p>\n{chr(10).join(parts)}\n</body></html>\n", encoding="utf-8")
+        f"<p>The value Q(tau, s, a) of each token, read after it: blue above zero, red below (scale &plusmn;"
+        f"{limit:.2f}). Move the mouse over a token for the numbers.</p>\n"
+        f"{chr(10).join(parts)}\n</body></html>\n", encoding="utf-8")
 
 
 def tokens(args):

@@ -4,8 +4,8 @@
     python prepare_data.py --format ultrafeedback --input openbmb/UltraFeedback --output runs/uf/data
     python prepare_data.py --format alpaca_eval --input scored.jsonl.gz --prompts prompts.jsonl.gz --output runs/ae/data
 
-Section 4.2: "The data are split into three disjoint parts: SFT, reward-model training, and RL." Disjoint *by prompt*: all
-answers to a prompt fall into the same part, or the value model would be tested on questions it was trained on.
+Section 4.2: "The data are split into three disjoint parts: SFT, reward-model training, and RL." Disjoint *by prompt*:
+all answers to a prompt fall into the same part, or the value model would be tested on questions it was trained on.
 
 Whatever is dropped (ties, "N/A" scores, empty or repeated answers) is counted, printed and kept in manifest.json.
 """
@@ -57,18 +57,16 @@ def fail(message):
 
 
 def parse_args(cls, argv):
-    """Command line -> dataclass `cls`. `script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. Unknown flags and keys end the program."""
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
     parser = HfArgumentParser(cls)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        if not recipe.is_file():
-            fail(f"{recipe}: no such recipe")
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")).get(section)
-        if not isinstance(settings, dict):
-            fail(f"{recipe}: no section {section!r}")
-        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -269,7 +267,7 @@ def main(args):
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (building / f"{name}.jsonl").write_text(text, encoding="utf-8")
         manifest["files"][f"{name}.jsonl"] = {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    (building / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (building / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     if output.exists():
         shutil.rmtree(output)
     building.rename(output)

@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import yaml
@@ -41,7 +42,7 @@ class Args:
     data: str = HfArg(default="runs/atlas/data", help="data folder with sft.jsonl, or hub data set")
     output: str = HfArg(default="runs/atlas/sft", help="run folder to write")
     overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
-    bad_rows: str = HfArg(default="error", help="error: stop at a bad row. skip: drop and count bad rows")
+    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
     max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped and counted")
     lr: float = HfArg(default=3e-3, help="peak learning rate (paper: 2e-5)")
     warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the cosine decay (paper: 2)")
@@ -59,18 +60,16 @@ def fail(message):
 
 
 def parse_args(cls, argv):
-    """Command line -> dataclass `cls`. `script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. Unknown flags and keys end the program."""
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
     parser = HfArgumentParser(cls)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        if not recipe.is_file():
-            fail(f"{recipe}: no such recipe")
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")).get(section)
-        if not isinstance(settings, dict):
-            fail(f"{recipe}: no section {section!r}")
-        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -81,28 +80,26 @@ def row_problem(row, fields):
         return "not a JSON object"
     for name, kind in fields.items():
         value = row.get(name)
+        text = isinstance(value, str) and bool(value.strip())
+        chat = isinstance(value, list) and value and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
         if value is None:
             return f'no field "{name}"'
-        if kind == "number" and (isinstance(value, bool) or not isinstance(value, (int, float))
-                                 or not math.isfinite(value)):
+        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
             return f'"{name}" is not a finite number: {value!r}'
-        if kind == "text" and not (isinstance(value, str) and value.strip()):
+        if kind == "text" and not text:
             return f'"{name}" is empty or not a string'
-        if kind == "prompt" and not (isinstance(value, str) and value.strip()) and not (
-                isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                                                          and isinstance(m.get("content"), str) for m in value)):
+        if kind == "prompt" and not (text or chat):
             return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
-    if "chosen" in fields and row["chosen"] == row["rejected"]:
-        return '"chosen" and "rejected" are the same text'
-    return None
+    same = "chosen" in fields and row["chosen"] == row["rejected"]
+    return '"chosen" and "rejected" are the same text' if same else None
 
 
 def read_rows(data, split, fields, bad_rows="error"):
-    """The rows of data/split.jsonl, each checked. Returns a list of dicts, never empty.
+    """The rows of data/split.jsonl, each checked by row_problem. Returns a list of dicts, never empty.
 
-    data      a folder (README.md, "Data"), or a hub data set ORG/NAME with these columns; of a hub data set the
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
               split "test" is read where a "test_*" file is asked for, else "train"
-    fields    {name: kind}, see row_problem
     bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
     """
     path = Path(data) / f"{split}.jsonl"
@@ -125,12 +122,10 @@ def read_rows(data, split, fields, bad_rows="error"):
             problem = row_problem(row, fields)
         except ValueError as error:
             problem = f"invalid JSON ({error})"
-        if problem is None:
-            rows.append(row)
-        elif bad_rows == "skip":
-            skipped += 1
-        else:
+        if problem and bad_rows == "error":
             fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+        skipped += bool(problem)
+        rows += [] if problem else [row]
     if skipped:
         print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
     return rows or fail(f"{path}: no usable row")
@@ -196,7 +191,7 @@ def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
     kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
-          a fresh, random head and say nothing that stops anyone.
+          a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
@@ -204,11 +199,10 @@ def load(auto_class, name, kind=None, **kwargs):
     if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
-        if kind:
-            made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0]
-            is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
-            if is_value != (kind == "value"):
-                fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
+        is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+        if kind and is_value != (kind == "value"):
+            fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as problem:
         fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
@@ -231,22 +225,20 @@ def start_run(accelerator, args):
     return output
 
 
-def write_line(path, record):
-    """Appends one JSON line: metrics.jsonl, rollouts.jsonl."""
+def write_lines(path, records):
+    """Appends JSON lines: metrics.jsonl, rollouts.jsonl."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def save_run(accelerator, model, tokenizer, output, card):
-    """Saves model, tokenizer and model card (README.md). The weights are moved in last: a folder with weights is whole."""
-    state = accelerator.get_state_dict(model)                        # every process takes part
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+    state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        saving = Path(output) / ".saving"
-        shutil.rmtree(saving, ignore_errors=True)
         accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
         tokenizer.save_pretrained(saving)
-        command = f"python {' '.join(sys.argv)}"
-        (saving / "README.md").write_text(f"{card}\n\nMade by `{command}`. Settings: args.json. Log: metrics.jsonl.\n")
+        (saving / "README.md").write_text(f"{card}\n\nMade by `python {' '.join(sys.argv)}`. Settings: args.json. Log: "
+                                          f"metrics.jsonl.\n")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
             os.replace(file, Path(output) / file.name)
         saving.rmdir()
@@ -257,7 +249,6 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
-        saved.mkdir(parents=True, exist_ok=True)
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
@@ -324,11 +315,11 @@ def main(args):
                       "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
             progress.set_postfix(loss=f"{record['loss']:.3f}")
             if accelerator.is_main_process:
-                write_line(output / "metrics.jsonl", record)
+                write_lines(output / "metrics.jsonl", [record])
     progress.close()
     save_run(accelerator, model, tokenizer, output,
-             f"# SFT model\n\n`{args.model}` fine-tuned on {len(data)} rows of `{args.data}`, {args.epochs} epochs. Final "
-             f"training loss: {record['loss']:.3f} nats per response token.\n\n"
+             f"# SFT model\n\n`{args.model}` fine-tuned on {len(data)} rows of `{args.data}`, {args.epochs} epochs. "
+             f"Final training loss: {record['loss']:.3f} nats per response token.\n\n"
              f"    model = AutoModelForCausalLM.from_pretrained({args.output!r})")
     accelerator.end_training()
 

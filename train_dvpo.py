@@ -42,16 +42,16 @@ class Args:
     data: str = HfArg(default="runs/atlas/data", help="data folder with rl.jsonl, or hub data set with prompts")
     output: str = HfArg(default="runs/atlas/dvpo", help="run folder to write")
     overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
-    bad_rows: str = HfArg(default="error", help="error: stop at a bad row. skip: drop and count bad rows")
-    advantage: Literal["q", "gae", "released"] = HfArg(default="gae", help="section 3.3's A = Q, section 3.4.1's "
-                                                       "A = Q - b accumulated by GAE, or the released code's")
+    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
+    advantage: Literal["q", "gae", "released"] = HfArg(default="gae", help="section 3.3's A = Q; section 3.4.1's "
+                                                       "A = Q - b, with GAE; the released code's")     # DEVIATION 5
     gae_lambda: float = HfArg(default=0.95, help="lambda of gae and released; 0: A_t = Q_t - V(s_t)")
     kl_coef: float = HfArg(default=0.05, help="beta of the KL penalty (paper: 0.05)")
     target_kl: float = HfArg(default=0.1, help="KL(pi_old, pi) per token that ends a batch's epochs (paper: 0.1)")
     clip_range: float = HfArg(default=0.2, help="epsilon of Eq. (2) (released code: 0.2)")
     ppo_epochs: int = HfArg(default=2, help="passes over each batch of rollouts (paper: 4)")
-    truncated: Literal["keep", "mask", "penalise"] = HfArg(default="keep", help="a response cut at the length limit: "
-                                                           "train on it, leave it out, or r_T = -1 deviation")
+    truncated: Literal["keep", "mask", "penalise"] = HfArg(default="keep", help="responses cut at the length limit: "
+                                                           "as they are; left out; r_T = -1")          # DEVIATION 10
     max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
     max_response_length: int = HfArg(default=64, help="tokens after which a response is cut (paper: 1024)")
     lr: float = HfArg(default=2e-4, help="learning rate, constant (paper: 2e-6)")
@@ -70,18 +70,16 @@ def fail(message):
 
 
 def parse_args(cls, argv):
-    """Command line -> dataclass `cls`. `script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. Unknown flags and keys end the program."""
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
     parser = HfArgumentParser(cls)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        if not recipe.is_file():
-            fail(f"{recipe}: no such recipe")
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")).get(section)
-        if not isinstance(settings, dict):
-            fail(f"{recipe}: no section {section!r}")
-        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -92,28 +90,26 @@ def row_problem(row, fields):
         return "not a JSON object"
     for name, kind in fields.items():
         value = row.get(name)
+        text = isinstance(value, str) and bool(value.strip())
+        chat = isinstance(value, list) and value and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
         if value is None:
             return f'no field "{name}"'
-        if kind == "number" and (isinstance(value, bool) or not isinstance(value, (int, float))
-                                 or not math.isfinite(value)):
+        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
             return f'"{name}" is not a finite number: {value!r}'
-        if kind == "text" and not (isinstance(value, str) and value.strip()):
+        if kind == "text" and not text:
             return f'"{name}" is empty or not a string'
-        if kind == "prompt" and not (isinstance(value, str) and value.strip()) and not (
-                isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                                                          and isinstance(m.get("content"), str) for m in value)):
+        if kind == "prompt" and not (text or chat):
             return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
-    if "chosen" in fields and row["chosen"] == row["rejected"]:
-        return '"chosen" and "rejected" are the same text'
-    return None
+    same = "chosen" in fields and row["chosen"] == row["rejected"]
+    return '"chosen" and "rejected" are the same text' if same else None
 
 
 def read_rows(data, split, fields, bad_rows="error"):
-    """The rows of data/split.jsonl, each checked. Returns a list of dicts, never empty.
+    """The rows of data/split.jsonl, each checked by row_problem. Returns a list of dicts, never empty.
 
-    data      a folder (README.md, "Data"), or a hub data set ORG/NAME with these columns; of a hub data set the
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
               split "test" is read where a "test_*" file is asked for, else "train"
-    fields    {name: kind}, see row_problem
     bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
     """
     path = Path(data) / f"{split}.jsonl"
@@ -136,12 +132,10 @@ def read_rows(data, split, fields, bad_rows="error"):
             problem = row_problem(row, fields)
         except ValueError as error:
             problem = f"invalid JSON ({error})"
-        if problem is None:
-            rows.append(row)
-        elif bad_rows == "skip":
-            skipped += 1
-        else:
+        if problem and bad_rows == "error":
             fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+        skipped += bool(problem)
+        rows += [] if problem else [row]
     if skipped:
         print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
     return rows or fail(f"{path}: no usable row")
@@ -226,6 +220,16 @@ def advantage_q(q, reward_kl, is_response):
     return torch.where(is_response, q + reward_kl, 0.0)
 
 
+def accumulate(delta, is_response, decay):
+    """A_t = delta_t + decay * A_{t+1}, and 0 past the last token: the recursion of GAE. (B, T), 0 off the mask."""
+    advantage, a_next = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])                     # (B, T), (B,)
+    for t in reversed(range(delta.shape[1])):
+        # `where`, not a product with the mask: whatever stands off the mask (a NaN too) must not leak in.
+        a_next = torch.where(is_response[:, t], delta[:, t] + decay * a_next, 0.0)
+        advantage[:, t] = a_next
+    return advantage
+
+
 def advantage_gae(q, reward_kl, is_response, gamma, gae_lambda):
     """Section 3.4.1, A(s, a) = Q(s, a) - b(s) with b(s) = V(s), accumulated as in GAE (Schulman et al., 2016):
 
@@ -236,34 +240,26 @@ def advantage_gae(q, reward_kl, is_response, gamma, gae_lambda):
     lambda = 0: A = Q - V. lambda = 1, gamma = 1, without KL: A_t = Q_T - V(s_t).
     q, reward_kl (B, T) float; is_response (B, T) bool. Returns (B, T), 0 off the mask.
     """
-    delta = reward_kl + q - shift_right(q) / gamma                                                 # (B, T)
-    advantage, a_next = torch.zeros_like(q), torch.zeros_like(q[:, 0])
-    for t in reversed(range(q.shape[1])):
-        a_next = torch.where(is_response[:, t], delta[:, t] + gamma * gae_lambda * a_next, 0.0)
-        advantage[:, t] = a_next
-    return advantage
+    return accumulate(reward_kl + q - shift_right(q) / gamma, is_response, gamma * gae_lambda)
 
 
 def advantage_released(q, reward_kl, is_response, gamma, gae_lambda):
-    """What the authors' released code computes, as an ablation: GAE with V(s_t), KL rewards only and V = 0 at the end.
+    """What the authors' released code computes, kept as an ablation: KL rewards only, and V = 0 past the end.
 
         delta_t = r^KL_t + gamma * V(s_{t+1}) - V(s_t)        A_t = delta_t + gamma * lambda * A_{t+1}
 
     No reward and no terminal value: the last token's advantage is -V(s_T), and at lambda = 1 A_t = -V(s_t).
     Shapes as in advantage_gae.
     """
-    v = shift_right(q)                                                                             # V(s_t)
-    advantage, a_next, v_next = torch.zeros_like(q), torch.zeros_like(q[:, 0]), torch.zeros_like(q[:, 0])
-    for t in reversed(range(q.shape[1])):
-        delta = reward_kl[:, t] + gamma * v_next - v[:, t]
-        a_next = torch.where(is_response[:, t], delta + gamma * gae_lambda * a_next, 0.0)
-        v_next = torch.where(is_response[:, t], v[:, t], 0.0)
-        advantage[:, t] = a_next
-    return advantage
+    v_next = torch.where(last_token(is_response), 0.0, q)          # V(s_{t+1}) is read where a_t has been seen
+    return accumulate(reward_kl + gamma * v_next - shift_right(q), is_response, gamma * gae_lambda)
 
 
 def whiten(x, mask, reduce=lambda total: total):
     """(x - mean) / standard deviation over the True positions of the global batch; 0 elsewhere. (B, T) -> (B, T).
+
+    The paper does not say how advantages are scaled; whitening makes the learning rate independent of the scale of the
+    rewards, and its mean is the baseline that A = Q lacks.                                        # DEVIATION 6
 
     reduce  sums a tensor over all processes: the statistics are those of the whole batch, not of one GPU's part.
     """
@@ -288,7 +284,7 @@ def ppo_loss(logp, logp_old, advantage, is_response, clip_range):
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
     objective = torch.where(is_response, torch.minimum(unclipped, clipped), 0.0)
-    return -objective.sum() / is_response.sum().clamp(min=1)                         # E[.]: per response token of the batch
+    return -objective.sum() / is_response.sum().clamp(min=1)                   # E[.]: per response token of the batch
 
 
 def last_token(is_response):
@@ -362,7 +358,7 @@ def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
     kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
-          a fresh, random head and say nothing that stops anyone.
+          a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
@@ -370,11 +366,10 @@ def load(auto_class, name, kind=None, **kwargs):
     if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
-        if kind:
-            made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0]
-            is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
-            if is_value != (kind == "value"):
-                fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
+        is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+        if kind and is_value != (kind == "value"):
+            fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as problem:
         fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
@@ -397,22 +392,20 @@ def start_run(accelerator, args):
     return output
 
 
-def write_line(path, record):
-    """Appends one JSON line: metrics.jsonl, rollouts.jsonl."""
+def write_lines(path, records):
+    """Appends JSON lines: metrics.jsonl, rollouts.jsonl."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def save_run(accelerator, model, tokenizer, output, card):
-    """Saves model, tokenizer and model card (README.md). The weights are moved in last: a folder with weights is whole."""
-    state = accelerator.get_state_dict(model)                        # every process takes part
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+    state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        saving = Path(output) / ".saving"
-        shutil.rmtree(saving, ignore_errors=True)
         accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
         tokenizer.save_pretrained(saving)
-        command = f"python {' '.join(sys.argv)}"
-        (saving / "README.md").write_text(f"{card}\n\nMade by `{command}`. Settings: args.json. Log: metrics.jsonl.\n")
+        (saving / "README.md").write_text(f"{card}\n\nMade by `python {' '.join(sys.argv)}`. Settings: args.json. Log: "
+                                          f"metrics.jsonl.\n")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
             os.replace(file, Path(output) / file.name)
         saving.rmdir()
@@ -423,7 +416,6 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
-        saved.mkdir(parents=True, exist_ok=True)
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
@@ -445,7 +437,7 @@ def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
         for micro in torch.randperm(len(ids)).split(args.micro_batch_size):
             with accelerator.accumulate(policy):
                 logp = token_logp(policy, ids[micro], is_token[micro])                             # (micro, T)
-                # Eq. (2)'s E[.] is over the batch: a token weighs the same in whichever mini-batch it falls.
+                # Eq. (2)'s E[.] is over the batch: a token weighs the same in whichever mini-batch it falls. DEVIATION 9
                 # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both
                 # are undone here.
                 loss = ppo_loss(logp, logp_old[micro], advantage[micro], is_response[micro], args.clip_range)
@@ -567,17 +559,16 @@ def main(args):
         progress.update()
         progress.set_postfix({name: f"{record[name]:.3f}" for name in ("value", "kl", "response_length")})
         if accelerator.is_main_process:
-            write_line(output / "metrics.jsonl", record)
-            for sample in samples:
-                write_line(output / "rollouts.jsonl", sample)
-            if step % args.sample_every == 0:
-                for sample in samples[:3]:
-                    progress.write(f"{step:5} {sample['value']:+.2f}  {sample['prompt']}\n{'':12}{sample['response']}")
+            write_lines(output / "metrics.jsonl", [record])
+            write_lines(output / "rollouts.jsonl", samples)
+        if accelerator.is_main_process and step % args.sample_every == 0:
+            progress.write("\n".join(f"{step:5} {sample['value']:+.2f}  {sample['prompt']}\n{'':12}{sample['response']}"
+                                     for sample in samples[:3]))
     progress.close()
     save_run(accelerator, policy, tokenizer, output,
-             f"# DVPO policy\n\n`{args.model}` aligned by the frozen value model `{args.gvm}` on prompts of `{args.data}`: "
-             f"{args.steps} steps of {args.batch_size} rollouts. Last step: value {record['value']:.3f}, KL to the "
-             f"reference {record['kl']:.2f} nats per response.\n\n"
+             f"# DVPO policy\n\n`{args.model}` aligned by the frozen value model `{args.gvm}` on prompts of "
+             f"`{args.data}`: {args.steps} steps of {args.batch_size} rollouts. Last step: value "
+             f"{record['value']:.3f}, KL to the reference {record['kl']:.2f} nats per response.\n\n"
              f"    model = AutoModelForCausalLM.from_pretrained({args.output!r})")
     accelerator.end_training()
 

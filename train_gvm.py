@@ -39,11 +39,11 @@ class Args:
     data: str = HfArg(default="runs/atlas/data", help="data folder with scored.jsonl or pairs.jsonl, or hub data set")
     output: str = HfArg(default="runs/atlas/gvm", help="run folder to write")
     overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
-    bad_rows: str = HfArg(default="error", help="error: stop at a bad row. skip: drop and count bad rows")
+    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
     supervision: Literal["scores", "pairs"] = HfArg(default="scores", help="scalar rewards, or pairs as +1/-1 (App. G)")
     gamma: float = HfArg(default=1.0, help="discount factor (paper: 1)")
     td_lambda: float = HfArg(default=0.95, help="0 is Eq. (1) to the letter, 1 Monte Carlo (released code: 0.95)")
-    tau_pairs: int = HfArg(default=0, help="K question-answer pairs that tell the policy (released code: none)")
+    tau_pairs: int = HfArg(default=0, help="K question-answer pairs that tell the policy (released: 0)")  # DEVIATION 8
     max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped (paper: 1024)")
     lr: float = HfArg(default=1e-3, help="peak learning rate (paper: 2e-6)")
     warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the cosine decay (ours)")
@@ -62,18 +62,16 @@ def fail(message):
 
 
 def parse_args(cls, argv):
-    """Command line -> dataclass `cls`. `script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. Unknown flags and keys end the program."""
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
     parser = HfArgumentParser(cls)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        if not recipe.is_file():
-            fail(f"{recipe}: no such recipe")
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")).get(section)
-        if not isinstance(settings, dict):
-            fail(f"{recipe}: no section {section!r}")
-        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
     return cls(**vars(parser.parse_args(argv)))
 
 
@@ -84,28 +82,26 @@ def row_problem(row, fields):
         return "not a JSON object"
     for name, kind in fields.items():
         value = row.get(name)
+        text = isinstance(value, str) and bool(value.strip())
+        chat = isinstance(value, list) and value and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
         if value is None:
             return f'no field "{name}"'
-        if kind == "number" and (isinstance(value, bool) or not isinstance(value, (int, float))
-                                 or not math.isfinite(value)):
+        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
             return f'"{name}" is not a finite number: {value!r}'
-        if kind == "text" and not (isinstance(value, str) and value.strip()):
+        if kind == "text" and not text:
             return f'"{name}" is empty or not a string'
-        if kind == "prompt" and not (isinstance(value, str) and value.strip()) and not (
-                isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                                                          and isinstance(m.get("content"), str) for m in value)):
+        if kind == "prompt" and not (text or chat):
             return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
-    if "chosen" in fields and row["chosen"] == row["rejected"]:
-        return '"chosen" and "rejected" are the same text'
-    return None
+    same = "chosen" in fields and row["chosen"] == row["rejected"]
+    return '"chosen" and "rejected" are the same text' if same else None
 
 
 def read_rows(data, split, fields, bad_rows="error"):
-    """The rows of data/split.jsonl, each checked. Returns a list of dicts, never empty.
+    """The rows of data/split.jsonl, each checked by row_problem. Returns a list of dicts, never empty.
 
-    data      a folder (README.md, "Data"), or a hub data set ORG/NAME with these columns; of a hub data set the
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
               split "test" is read where a "test_*" file is asked for, else "train"
-    fields    {name: kind}, see row_problem
     bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
     """
     path = Path(data) / f"{split}.jsonl"
@@ -128,12 +124,10 @@ def read_rows(data, split, fields, bad_rows="error"):
             problem = row_problem(row, fields)
         except ValueError as error:
             problem = f"invalid JSON ({error})"
-        if problem is None:
-            rows.append(row)
-        elif bad_rows == "skip":
-            skipped += 1
-        else:
+        if problem and bad_rows == "error":
             fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+        skipped += bool(problem)
+        rows += [] if problem else [row]
     if skipped:
         print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
     return rows or fail(f"{path}: no usable row")
@@ -342,7 +336,7 @@ def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
     kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
-          a fresh, random head and say nothing that stops anyone.
+          a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
@@ -350,11 +344,10 @@ def load(auto_class, name, kind=None, **kwargs):
     if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
-        if kind:
-            made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0]
-            is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
-            if is_value != (kind == "value"):
-                fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
+        is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+        if kind and is_value != (kind == "value"):
+            fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
         return auto_class.from_pretrained(name, **kwargs)
     except (OSError, ValueError) as problem:
         fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
@@ -377,22 +370,20 @@ def start_run(accelerator, args):
     return output
 
 
-def write_line(path, record):
-    """Appends one JSON line: metrics.jsonl, rollouts.jsonl."""
+def write_lines(path, records):
+    """Appends JSON lines: metrics.jsonl, rollouts.jsonl."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def save_run(accelerator, model, tokenizer, output, card):
-    """Saves model, tokenizer and model card (README.md). The weights are moved in last: a folder with weights is whole."""
-    state = accelerator.get_state_dict(model)                        # every process takes part
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+    state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        saving = Path(output) / ".saving"
-        shutil.rmtree(saving, ignore_errors=True)
         accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
         tokenizer.save_pretrained(saving)
-        command = f"python {' '.join(sys.argv)}"
-        (saving / "README.md").write_text(f"{card}\n\nMade by `{command}`. Settings: args.json. Log: metrics.jsonl.\n")
+        (saving / "README.md").write_text(f"{card}\n\nMade by `python {' '.join(sys.argv)}`. Settings: args.json. Log: "
+                                          f"metrics.jsonl.\n")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
             os.replace(file, Path(output) / file.name)
         saving.rmdir()
@@ -403,7 +394,6 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
-        saved.mkdir(parents=True, exist_ok=True)
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
@@ -419,6 +409,8 @@ def accumulation_steps(args):
 
 def main(args):
     started = time.time()
+    if not (0 < args.gamma <= 1 and 0 <= args.td_lambda <= 1 and args.tau_pairs >= 0):
+        fail("wanted: 0 < --gamma <= 1, 0 <= --td_lambda <= 1, --tau_pairs >= 0")
     accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
     set_seed(args.seed)
     tokenizer = load(AutoTokenizer, args.model)
@@ -433,8 +425,10 @@ def main(args):
         fail(f"{args.data}: {len(data)} trajectories do not fill one batch: lower --batch_size {args.batch_size}, or "
              f"raise --max_length {args.max_length}")
     rewards = torch.tensor([trajectory.reward for trajectory in data])
-    # Scores of any scale: learn in units of the training set's deviation, and save both to map values back.
-    mean, std = (rewards.mean().item(), rewards.std().item()) if args.supervision == "scores" else (0.0, 1.0)
+    # Scores of any scale: learn in units of the training set's deviation, and save both to map values back. DEVIATION 7
+    mean, std = 0.0, 1.0
+    if args.supervision == "scores":
+        mean, std = rewards.mean().item(), rewards.std(correction=0).item()
     if not std > 0:
         fail(f"{args.data}: all rewards are equal ({mean}): there is nothing to learn")
     rewards = (rewards - mean) / std
@@ -487,15 +481,15 @@ def main(args):
                   "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
         if pairs and (update % args.eval_every == 0 or update == len(updates)):
             record["pair_accuracy"] = evaluate(accelerator.unwrap_model(model), pairs, args, tokenizer)
-            progress.write(f"update {update}: held-out pair accuracy, mean value {record['pair_accuracy']['mean']:.3f}, "
-                           f"last value {record['pair_accuracy']['last']:.3f}")
+            accelerator.print("\nheld-out pair accuracy: mean value {mean:.3f}, last value {last:.3f}".format(
+                **record["pair_accuracy"]))
         if accelerator.is_main_process and ("pair_accuracy" in record or update % args.log_every == 0):
-            write_line(output / "metrics.jsonl", record)
+            write_lines(output / "metrics.jsonl", [record])
             progress.set_postfix(loss=f"{record['loss']:.3f}")
     progress.close()
     save_run(accelerator, model, tokenizer, output,
-             f"# Global value model\n\nQ(tau, s, a) of section 3.2, started from `{args.model}`, trained on {len(data)} "
-             f"trajectories of `{args.data}` ({args.supervision}). Held-out pair accuracy: "
+             f"# Global value model\n\nQ(tau, s, a) of section 3.2, started from `{args.model}`, trained on "
+             f"{len(data)} trajectories of `{args.data}` ({args.supervision}). Held-out pair accuracy: "
              f"{record.get('pair_accuracy', 'not measured')}.\n\n"
              f"    gvm = AutoModelForTokenClassification.from_pretrained({args.output!r})\n"
              f"    q = gvm(input_ids=ids).logits.squeeze(-1)    # (B, T): the value of each token, after it is read\n"

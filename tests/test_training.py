@@ -36,12 +36,12 @@ def test_sft_learns(sft_run):
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize("stage, args", [("sft", "sft_args"), ("train_gvm", "gvm_args"), ("train_dvpo", "dvpo_args")])
-def test_the_same_seed_gives_the_same_weights_and_another_one_others(stage, args, again, tmp_path, request):
-    script, args = {"sft": sft, "train_gvm": train_gvm, "train_dvpo": train_dvpo}[stage], request.getfixturevalue(args)
+@pytest.mark.parametrize("script, args_name", [(sft, "sft_args"), (train_gvm, "gvm_args"), (train_dvpo, "dvpo_args")])
+def test_the_same_seed_gives_the_same_weights_and_another_one_others(script, args_name, again, tmp_path, request):
+    args, first = request.getfixturevalue(args_name), request.getfixturevalue(args_name.replace("args", "run"))
     for name, seed in (("other", 2), ("same", 1)):
         script.main(again(args, output=str(tmp_path / name), seed=seed))
-    assert equal(weights(Path(args.output)), weights(tmp_path / "same")) if Path(args.output, "README.md").exists() else True
+    assert equal(weights(first), weights(tmp_path / "same"))
     assert not equal(weights(tmp_path / "same"), weights(tmp_path / "other"))
 
 
@@ -77,7 +77,7 @@ def test_the_saved_gvm_gives_the_same_numbers_in_stock_transformers(gvm_run, gvm
     made = model.config.gvm
     rewards = torch.tensor([row["reward"] for row in read_lines(world / "data" / "scored.jsonl")])
     assert made["reward_mean"] == pytest.approx(rewards.mean().item())
-    assert made["reward_std"] == pytest.approx(rewards.std().item())
+    assert made["reward_std"] == pytest.approx(rewards.std(correction=0).item())
 
 
 @pytest.mark.parametrize("changes", [{"supervision": "pairs"}, {"tau_pairs": 2}, {"supervision": "pairs", "tau_pairs": 1},
@@ -170,11 +170,11 @@ def test_a_gvm_with_a_zero_head_teaches_nothing(gvm_args, dvpo_args, again, tmp_
 
 
 def test_dvpo_raises_what_the_gvm_values(gvm_args, dvpo_args, again, tmp_path):
-    """A GVM that likes one sentence more than all others: DVPO makes the policy say it more often."""
+    """The policy drifts to what the frozen GVM likes, whatever that is."""
     train_dvpo.main(again(dvpo_args, steps=30, batch_size=32, mini_batch_size=32, micro_batch_size=32, lr=5e-3,
                           kl_coef=0.0, max_response_length=16))
     values = [record["value"] for record in read_lines(tmp_path / "run" / "metrics.jsonl")]
-    assert sum(values[-5:]) / 5 > sum(values[:5]) / 5 + 0.1
+    assert min(values[-5:]) > max(values[:5])
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights(dvpo_args, gvm_args, sft_args, again, tmp_path, monkeypatch):

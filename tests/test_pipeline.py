@@ -1,0 +1,77 @@
+"""The whole pipeline through the command line with tiny sizes, as a user runs it; and two processes instead of one."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, read_lines
+
+TINY = {"sft": ["--epochs", "1", "--max_length", "64"], "train_gvm": ["--epochs", "1", "--eval_every", "5"],
+        "train_dvpo": ["--steps", "2", "--batch_size", "8", "--mini_batch_size", "8", "--micro_batch_size", "8",
+                       "--max_response_length", "12"]}
+
+
+def run(*command, **environment):
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_from_nothing_to_summary(tmp_path):
+    folder = tmp_path / "atlas"
+    run("atlas.py", "world", "--output", folder, "--seed", 4)
+    for file in (folder / "data").glob("*.jsonl"):                             # few rows: minutes become seconds
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:160]))
+    shared = ["--data", folder / "data", "--seed", 4]
+    run("sft.py", "--model", folder / "base", "--output", folder / "sft", *shared, *TINY["sft"])
+    run("train_gvm.py", "--model", folder / "sft", "--output", folder / "gvm", *shared, *TINY["train_gvm"])
+    run("train_dvpo.py", "--model", folder / "sft", "--gvm", folder / "gvm", "--output", folder / "dvpo", *shared,
+        *TINY["train_dvpo"])
+    run("evaluate.py", "values", "--model", folder / "gvm", "--data", folder / "data", "--output", folder / "eval" / "values.json")
+    run("evaluate.py", "policy", "--models", folder / "sft", folder / "dvpo", "--data", folder / "data",
+        "--judge", "atlas.py:oracle", "--output", folder / "eval", "--samples", 1)
+    run("figures.py", "tokens", "--gvm", folder / "gvm", "--output", folder / "figures")
+    run("figures.py", "curves", "--runs", folder / "dvpo", "--output", folder / "figures")
+    printed = run("atlas.py", "summary", "--run", folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"oracle_mean", "win_rate_vs_sft", "kl_to_ref", "response_length", "eos_rate"} <= set(summary["dvpo"])
+    assert {"oracle_mean", "response_length"} <= set(summary["sft"])
+    assert set(summary["gvm"]["pair_accuracy"]) == {"mean", "last", "p1", "p5", "p10", "p90", "p95", "p99"}
+    assert set(summary["seconds"]) == {"data", "sft", "gvm", "dvpo", "evaluate"}
+    assert f"{summary['dvpo']['oracle_mean']:+.3f}" in printed and "tokens.html" in printed
+
+
+def test_the_makefile_knows_what_is_finished():
+    """make demo asks for every stage in its order; a bare make explains itself."""
+    plan = subprocess.run(["make", "-n", "stages", "VENV=", f"PYTHON={sys.executable}", "RUN=nowhere", "SEED=7"], cwd=ROOT,
+                          capture_output=True, text=True, check=True).stdout
+    order = [plan.index(script) for script in ("atlas.py world", "sft.py", "train_gvm.py", "train_dvpo.py")]
+    assert order == sorted(order) and plan.count("--seed 7") == 6
+    assert "make demo" in subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("script, fixture", [("sft.py", "sft_args"), ("train_gvm.py", "gvm_args")])
+def test_two_processes_give_the_update_of_one(script, fixture, request, tmp_path):
+    """DDP on CPU, half the batch each: the same losses and gradient norms as one process with the whole batch."""
+    args = request.getfixturevalue(fixture)
+    settings = ["--model", args.model, "--data", args.data, "--epochs", "1", "--batch_size", "16", "--micro_batch_size", "8",
+                "--log_every", "2"]
+    run(script, *settings, "--output", tmp_path / "one")
+    launched = run("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "tests/launch_cpu.py", script, *settings,
+                   "--output", tmp_path / "two")
+    assert "processes: 2" in launched                                          # accelerate can fall back to one in silence
+    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
+    assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-3)
+
+
+def test_dvpo_runs_on_two_processes(dvpo_args, tmp_path):
+    run("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision",
+        "no", "--dynamo_backend", "no", "tests/launch_cpu.py", "train_dvpo.py", "--model", dvpo_args.model, "--gvm",
+        dvpo_args.gvm, "--data", dvpo_args.data, "--output", tmp_path / "two", "--steps", 2, "--batch_size", 8,
+        "--mini_batch_size", 8, "--micro_batch_size", 2, "--max_response_length", 12)
+    assert len(read_lines(tmp_path / "two" / "rollouts.jsonl")) == 16          # both processes' rollouts
+    assert len(read_lines(tmp_path / "two" / "metrics.jsonl")) == 2
