@@ -354,9 +354,16 @@ def load(auto_class, name, kind=None, **kwargs):
 
 
 def start_run(accelerator, args):
-    """Makes the run folder and writes args.json. A folder that holds anything is refused without --overwrite."""
+    """Makes the run folder and writes args.json. What is in the folder already is only replaced with --overwrite, and
+    only if it is a run, and none of this run's own inputs."""
     output = Path(args.output)
+    inputs = {name: getattr(args, name) for name in ("model", "gvm", "data") if hasattr(args, name)}
     if accelerator.is_main_process:
+        if output.is_file():
+            fail(f"{output}: is a file. Choose another --output")
+        for name, value in inputs.items():
+            if Path(value).resolve().is_relative_to(output.resolve()):
+                fail(f"{output}: holds --{name} {value}, which this run reads. Choose another --output")
         if output.exists() and any(output.iterdir()):
             if not args.overwrite:
                 fail(f"{output}: holds another run. Choose another --output, or pass --overwrite to replace it")

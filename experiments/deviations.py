@@ -127,8 +127,8 @@ def main():
     (output / "deviations.json").write_text(json.dumps(
         {"command": made, "commit": commit.strip(), "machine": f"{platform.machine()}, two CPU cores",
          "seeds": seeds}, indent=2) + "\n")
-    lines = ["# Departures from the paper, measured", "", f"`{made}`, commit {commit.strip()}, two CPU cores. Mean over "
-             f"seeds {', '.join(seeds)} ± half the width of the 95 % interval (t distribution).", "",
+    lines = ["# Departures from the paper, measured", "", f"`{made}`, commit {commit.strip()}, two CPU cores. Mean "
+             f"over seeds {', '.join(seeds)} ± half the width of the 95 % interval (t distribution).", "",
              "| GVM | pair accuracy, mean value | last value |", "|---|---|---|"]
     for name in GVMS:
         rows = [seed["gvm"][name] for seed in seeds.values()]

@@ -161,6 +161,14 @@ def test_a_finished_run_is_never_overwritten_silently(sft_args, sft_run, again, 
     sft.main(again(sft_args, epochs=1, overwrite=True))
 
 
+def test_an_output_that_holds_an_input_is_refused_even_with_overwrite(sft_args, gvm_args, dvpo_args, again, sft_run, world):
+    for script, args, output in ((train_gvm, gvm_args, sft_run), (train_dvpo, dvpo_args, Path(dvpo_args.gvm)),
+                                 (sft, sft_args, world), (train_dvpo, dvpo_args, world / "data")):
+        fails(lambda: script.main(again(args, output=str(output), overwrite=True)), "holds --.*, which this run reads")
+    assert (sft_run / "model.safetensors").exists() and (world / "data" / "rl.jsonl").exists()
+    fails(lambda: sft.main(again(sft_args, output=str(sft_run / "args.json"))), "is a file")
+
+
 def test_recipes_and_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sft.py"])
     recipe = tmp_path / "recipe.yaml"

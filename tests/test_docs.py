@@ -1,0 +1,127 @@
+"""What the pages say is true: commands parse, links point at what they name, metrics and departures are all described."""
+import ast
+import importlib
+import re
+import shlex
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, read_lines
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
+SCRIPTS = {"sft": "Args", "train_gvm": "Args", "train_dvpo": "Args", "prepare_data": "Args"}
+COMMANDS = {"evaluate", "figures"}                            # scripts with subcommands
+
+
+def parse(words):
+    """Parses a command line as its script would. words: ["python", "sft.py", "--lr", ...]."""
+    while not words[0].endswith(".py"):
+        words = words[1:]
+    script, arguments = words[0].removesuffix(".py"), words[1:]
+    module = importlib.import_module(script.replace("/", "."))
+    sys.argv = [words[0]]
+    if script in SCRIPTS:
+        return module.parse_args(module.Args, arguments)
+    if script in COMMANDS:
+        return module.parse_args(module.COMMANDS[arguments[0]][0], arguments[1:])
+    if script == "atlas":
+        return arguments[0] in ("world", "summary") or pytest.fail(f"no such command: {words}")
+    return (ROOT / words[0]).is_file() or pytest.fail(f"no such script: {words}")
+
+
+def commands(text):
+    """Every command in the fenced code blocks and in the modules' docstrings: lines that call python or accelerate."""
+    found = re.findall(r"^(?:    )?((?:python|accelerate launch) [\w/]+\.py(?:[^\n\\]|\\\n)*)", text, re.M)
+    return [shlex.split(re.sub(r"\\\n", " ", command), comments=True) for command in found]
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.py"))], ids=lambda page: page.name)
+def test_every_command_parses(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["test"])
+    text = page.read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse(text)) if page.suffix == ".py" else text
+    found = commands(text or "")
+    for command in found:
+        assert parse(command)
+    assert found or page.name not in ("README.md", "sft.py", "train_gvm.py", "train_dvpo.py", "evaluate.py")
+
+
+def test_make_targets_exist():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    for page in PAGES:
+        for target in re.findall(r"`?make (\w+)", page.read_text(encoding="utf-8")):
+            assert target in targets or target in ("sure", "it", "the"), f"{page.name}: make {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_point_at_what_they_name(page):
+    for text, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if target.startswith(("http", "#")):
+            continue
+        file, _, line = target.partition("#L")
+        path = (page.parent / file).resolve()
+        assert path.exists(), f"{page.name}: {target}"
+        if line:
+            name = text.rpartition(".")[2].strip("`")
+            there = path.read_text(encoding="utf-8").splitlines()[int(line) - 1]
+            right = [i for i, row in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+                     if re.match(rf"(def|class) {name}\b", row)]
+            assert re.match(rf"(def|class) {name}\b", there), f"{page.name}: {name} is at line {right} of {file}, not {line}"
+
+
+def test_paper_to_code_covers_both_equations_and_names_a_test_each():
+    rows = [line for line in (ROOT / "docs" / "paper_to_code.md").read_text().splitlines() if line.startswith("| ")][1:]
+    assert sum("Eq. (1)" in row for row in rows) == 1 == sum("Eq. (2)" in row for row in rows)
+    assert all(".py#L" in row.split("|")[3] and "tests/" in row.split("|")[4] for row in rows)
+
+
+def test_every_departure_is_marked_and_described():
+    described = set(re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "deviations.md").read_text(), re.M))
+    marked = {number for path in ROOT.glob("*.py") for number in re.findall(r"DEVIATION (\d+)", path.read_text())}
+    assert described == marked and "1" in marked
+
+
+def test_every_metric_is_described(sft_run, gvm_run, dvpo_run):
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    for run, heading in ((sft_run, "## sft.py"), (gvm_run, "## train_gvm.py"), (dvpo_run, "## train_dvpo.py")):
+        section = page[page.index(heading):].split("\n## ")[0]
+        described = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+        written = {name for record in read_lines(run / "metrics.jsonl") for name in record}
+        assert described == written, heading
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("paper_*.yaml")), ids=lambda path: path.name)
+def test_recipes_parse(recipe, monkeypatch):
+    for section, settings in yaml.safe_load(recipe.read_text()).items():
+        monkeypatch.setattr(sys, "argv", [f"{section}.py"])
+        module = importlib.import_module(section)
+        args = module.parse_args(module.Args, [str(recipe)])
+        assert {name: getattr(args, name) for name in settings} == settings
+        module.accumulation_steps(args)                                        # the batch sizes go together
+
+
+def test_the_recipe_is_appendix_c():
+    recipe = yaml.safe_load((ROOT / "recipes" / "paper_llama3.2_3b_base.yaml").read_text())
+    sft, gvm, dvpo = recipe["sft"], recipe["train_gvm"], recipe["train_dvpo"]
+    assert (sft["lr"], sft["warmup_steps"], sft["batch_size"], sft["epochs"]) == (2e-5, 2, 16, 3)
+    assert (gvm["gamma"], gvm["batch_size"], gvm["max_length"], gvm["lr"]) == (1.0, 32, 1024, 2e-6)
+    assert (dvpo["lr"], dvpo["max_response_length"], dvpo["batch_size"], dvpo["ppo_epochs"]) == (2e-6, 1024, 8, 4)
+    assert (dvpo["kl_coef"], dvpo["target_kl"], dvpo["mini_batch_size"], dvpo["micro_batch_size"]) == (0.05, 0.1, 4, 2)
+
+
+def nesting(node):
+    """Depth of nested loops, conditions and with-blocks."""
+    deeper = isinstance(node, (ast.For, ast.While, ast.If, ast.With))
+    return deeper + max((nesting(child) for child in ast.iter_child_nodes(node)), default=0)
+
+
+@pytest.mark.parametrize("script", ["sft.py", "train_gvm.py", "train_dvpo.py"])
+def test_the_training_loop_fits_one_screen(script):
+    """At most 80 lines and three levels deep, from `for update` (or `for step`) to the end of its body."""
+    functions = {node.name: node for node in ast.parse((ROOT / script).read_text()).body if isinstance(node, ast.FunctionDef)}
+    for name in ("main", "improve"):
+        for node in functions[name].body if name in functions else ():
+            if isinstance(node, ast.For):
+                assert node.end_lineno - node.lineno < 80 and nesting(node) <= 3, (script, name, nesting(node))
