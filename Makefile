@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 SEED   ?= 1
 RUN    ?= runs/atlas
+override RUN := $(patsubst %/,%,$(RUN))
 
 ifeq ($(strip $(VENV)),)
 PY        := $(PYTHON)
@@ -27,7 +28,7 @@ demo: $(INSTALLED)
 	@was=$$(sed -n 's/.*"seed": \([0-9]*\).*/\1/p' $(RUN)/base/args.json 2>/dev/null); \
 	if [ -n "$$was" ] && [ "$$was" != "$(SEED)" ]; then \
 	    if [ -e $(RUN)-seed$$was ]; then echo "error: $(RUN)-seed$$was is in the way: move it"; exit 1; fi; \
-	    mv $(RUN) $(RUN)-seed$$was && echo "the demo of seed $$was is now in $(RUN)-seed$$was"; fi; \
+	    mv $(RUN) $(RUN)-seed$$was || exit 1; echo "the demo of seed $$was is now in $(RUN)-seed$$was"; fi; \
 	if [ ! -e $(RUN) ] && [ -e $(RUN)-seed$(SEED) ]; then mv $(RUN)-seed$(SEED) $(RUN); fi
 	@$(MAKE) --no-print-directory stages
 	@$(PY) atlas.py summary --run $(RUN)

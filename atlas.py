@@ -290,7 +290,7 @@ def spread(probability, sentences):
 def slots(policy, prompt):
     """The behaviour policy for one prompt: a tuple of slots, each a list of (probability, sentence or "")."""
     b, (kind, c) = POLICIES[policy], QUESTIONS[prompt]
-    subject = c.capital if c.capital in prompt else c.name
+    subject = c.capital if re.search(rf"\b{c.capital}\b", prompt) else c.name      # Tunis is not in "Tunisia"
     (right_full, right_short), (wrong_full, wrong_short) = answers(kind, c, subject)
     row = [spread(b.polite, POLITE[:3]) + spread(b.rude, RUDE) + [(1 - b.polite - b.rude, "")],
            spread(b.right * b.full, right_full) + spread(b.right * (1 - b.full), right_short)
@@ -459,9 +459,12 @@ def write_world(output, seed, overwrite):
     import shutil
     started = time.time()
     output = Path(output)
-    for folder in (output / "data", output / "base"):
+    for name, mark, word in (("data", "manifest.json", "atlas.py"), ("base", "args.json", "parameters")):
+        folder = output / name
         if folder.exists() and not overwrite:
             raise SystemExit(f"error: {folder} exists already: choose another --output, or pass --overwrite")
+        if folder.exists() and not ((folder / mark).is_file() and word in (folder / mark).read_text()):
+            raise SystemExit(f"error: {folder} was not made by atlas.py: --overwrite will not delete it")
     building = output / ".building"
     shutil.rmtree(building, ignore_errors=True)
     parameters = write_base_model(building / "base", seed)
@@ -500,7 +503,10 @@ def read_summary(run):
 
 def print_summary(run):
     """Prints the demo's table, three questions with both models' answers, and where the figures are."""
-    summary = read_summary(run)
+    try:
+        summary = read_summary(run)
+    except (OSError, ValueError, KeyError) as problem:
+        raise SystemExit(f"error: {run}: no finished demo ({problem!r}). Run make demo") from None
     (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     sft, dvpo, accuracy = summary["sft"], summary["dvpo"], summary["gvm"]["pair_accuracy"]
     rows = [("oracle score, -1 to 1", "oracle_mean", "{:+.3f}"), ("  95 % interval", "oracle_interval", ""),

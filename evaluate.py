@@ -76,6 +76,14 @@ def parse_args(cls, argv):
     return cls(**vars(parser.parse_args(argv)))
 
 
+def check_numbers(args):
+    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
+    for name, value in vars(args).items():
+        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs") else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value}: it has to be finite and at least {least}")
+
+
 # ---- 2. Data ----
 def row_problem(row, fields):
     """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
@@ -84,8 +92,9 @@ def row_problem(row, fields):
     for name, kind in fields.items():
         value = row.get(name)
         text = isinstance(value, str) and bool(value.strip())
-        chat = isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
+                                                         isinstance(m.get("content"), str) for m in value)
+        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
         if value is None:
             return f'no field "{name}"'
         if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
@@ -93,7 +102,7 @@ def row_problem(row, fields):
         if kind == "text" and not text:
             return f'"{name}" is empty or not a string'
         if kind == "prompt" and not (text or chat):
-            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
     same = "chosen" in fields and row["chosen"] == row["rejected"]
     return '"chosen" and "rejected" are the same text' if same else None
 
@@ -122,8 +131,9 @@ def read_rows(data, split, fields, bad_rows="error"):
             continue
         try:
             row = json.loads(line) if isinstance(line, bytes) else line
+            json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
             problem = row_problem(row, fields)
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             problem = f"invalid JSON ({error})"
         if problem and bad_rows == "error":
             fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
@@ -184,14 +194,19 @@ def with_tau(prompt, sequence, pool, k, max_length, rng):
 
 
 # ---- 3. Statistics ----
-def bootstrap(values, seed, resamples=2000):
-    """95 % interval of the mean of independent values, by the percentile bootstrap. (N,) -> {"mean", "low", "high"}.
+def bootstrap(values, seed, groups=None, resamples=2000):
+    """Mean and 95 % interval of (N,) values by the percentile bootstrap: {"mean", "low", "high"}.
 
-    Answers to one prompt are not independent of each other: give one value per prompt.
+    groups  (N,) one key per value, its prompt: values of one prompt are not independent, so prompts are drawn
     """
     values = torch.as_tensor(values, dtype=torch.float64)
-    draws = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = values[draws].mean(-1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    number = {key: i for i, key in enumerate(dict.fromkeys(groups if groups is not None else range(len(values))))}
+    index = torch.tensor([number[key] for key in (groups if groups is not None else range(len(values)))])
+    total = torch.zeros(len(number), dtype=torch.float64).index_add_(0, index, values)             # (groups,)
+    count = torch.bincount(index).double()
+    draws = torch.randint(len(number), (resamples, len(number)), generator=torch.Generator().manual_seed(seed))
+    means = total[draws].sum(-1) / count[draws].sum(-1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"mean": values.mean().item(), "low": low, "high": high}
 
 
@@ -279,8 +294,21 @@ def load_judge(place):
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(Path(file).stem, module)           # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return getattr(module, name, None) or fail(f"--judge {place}: {file} has no function {name!r}")
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:                              # whatever the user's file does
+        fail(f"--judge {place}: {file} cannot be imported ({type(problem).__name__}: {problem})")
+    function = getattr(module, name, None)
+    return function if callable(function) else fail(f"--judge {place}: {file} has no function {name!r}")
+
+
+def judged_score(judge, place, prompt, response):
+    """The judge's score of one answer, which has to be a finite number."""
+    try:
+        score = float(judge(prompt, response))
+    except Exception as problem:                              # whatever the user's judge does
+        fail(f"--judge {place}: {type(problem).__name__}: {problem} (prompt {prompt!r:.80})")
+    return score if math.isfinite(score) else fail(f"--judge {place}: score {score} (prompt {prompt!r:.80})")
 
 
 def write_json(path, content, overwrite):
@@ -303,21 +331,29 @@ def load(auto_class, name, kind=None, **kwargs):
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
     folder = Path(name)
-    if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
+    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
+    if local and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
         made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
         is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
         if kind and is_value != (kind == "value"):
             fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as problem:
-        fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
+        if not kind:
+            return auto_class.from_pretrained(name, **kwargs)
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as problem:                              # transformers, safetensors and the hub have many kinds
+        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+    new_head = kind == "policy" and "TokenClassification" in auto_class.__name__
+    missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
 # ---- 6. Main ----
 def evaluate_values(args):
     """Pair accuracy of a value model by every aggregate of Table 8, each with its 95 % interval."""
+    check_numbers(args)
     if args.output and Path(args.output).exists() and not args.overwrite:
         fail(f"{args.output}: exists already. Choose another --output, or pass --overwrite")
     device, started = "cuda" if torch.cuda.is_available() else "cpu", time.time()
@@ -342,10 +378,11 @@ def evaluate_values(args):
     if not pairs:
         fail(f"{args.data}: no pair fits into --max_length {args.max_length}")
     rng = random.Random(args.seed)
-    sequences = [with_tau(prompt, sequence, pool[policy], k, args.max_length, rng)
+    sequences = [with_tau(prompt, sequence, pool[policy], k, made.get("max_length", args.max_length), rng)
                  for prompt, sequence, policy in pairs]
     scores = score_responses(model, sequences, args.batch_size, tokenizer.pad_token_id)
-    accuracy = {name: bootstrap(wins(score[0::2], score[1::2]), args.seed) for name, score in scores.items()}
+    prompts = [json.dumps(prompt) for prompt, _, _ in pairs[0::2]]
+    accuracy = {name: bootstrap(wins(score[0::2], score[1::2]), args.seed, prompts) for name, score in scores.items()}
     result = {"model": args.model, "data": args.data, "pairs": len(pairs) // 2,
               "dropped": len(rows) - len(pairs) // 2, "tau_pairs": k, "pair_accuracy": accuracy,
               "seconds": time.time() - started}
@@ -372,23 +409,27 @@ def answer(model, reference, tokenizer, prompt_ids, args):
 
 def evaluate_policy(args):
     """Scores, win rates, KL to the reference, length and EOS rate of one or more policies on held-out prompts."""
+    check_numbers(args)
     names = [Path(model).name for model in args.models]
     if len(set(names)) < len(names):
         fail(f"--models: two models are called the same: {names}")
     output = Path(args.output) if args.output else None
-    if output and (output / "policy.json").exists() and not args.overwrite:
+    if output and not args.overwrite and any((output / name).exists() for name in ("policy.json", "answers.jsonl")):
         fail(f"{output}: holds an evaluation. Choose another --output, or pass --overwrite")
     judge, started = load_judge(args.judge), time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = read_rows(args.data, "test_prompts", {"prompt": "prompt"}, args.bad_rows)
     reference = load(AutoModelForCausalLM, args.reference or args.models[0], kind="policy", dtype=torch.float32)
     reference.eval().to(device)
+    vocabulary = load(AutoTokenizer, args.reference or args.models[0]).get_vocab()
     result = {"data": args.data, "judge": args.judge, "samples": args.samples, "models": {}, "win_rate": {}}
     scores, lines = {}, []
     for name, path in zip(names, args.models):
         torch.manual_seed(args.seed)
         tokenizer = load(AutoTokenizer, path)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        if tokenizer.get_vocab() != vocabulary:
+            fail(f"{path}: its tokenizer is not that of the reference model, so there is no KL between them")
         model = load(AutoModelForCausalLM, path, kind="policy", dtype=torch.float32).eval().to(device)
         prompts = [(row["prompt"], encode_prompt(tokenizer, row["prompt"])) for row in rows]
         prompts = [(prompt, ids) for prompt, ids in prompts if len(ids) <= args.max_prompt_length] or fail(
@@ -396,7 +437,7 @@ def evaluate_policy(args):
         answers = answer(model, reference, tokenizer, [ids for _, ids in prompts for _ in range(args.samples)], args)
         asked = [prompt for prompt, _ in prompts for _ in range(args.samples)]
         written = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers]
-        judged = [float(judge(prompt, text)) for prompt, text in zip(asked, written)]
+        judged = [judged_score(judge, args.judge, prompt, text) for prompt, text in zip(asked, written)]
         scores[name] = torch.tensor(judged).view(-1, args.samples)                                 # (prompts, samples)
         kl = torch.tensor([kl for _, kl in answers]).view(-1, args.samples).mean(-1)
         length = torch.tensor([float(len(ids)) for ids, _ in answers])

@@ -10,6 +10,7 @@
 import html
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,16 +90,23 @@ def load(auto_class, name, kind=None, **kwargs):
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
     folder = Path(name)
-    if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
+    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
+    if local and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
         made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
         is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
         if kind and is_value != (kind == "value"):
             fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as problem:
-        fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
+        if not kind:
+            return auto_class.from_pretrained(name, **kwargs)
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as problem:                              # transformers, safetensors and the hub have many kinds
+        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+    new_head = kind == "policy" and "TokenClassification" in auto_class.__name__
+    missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
 def load_judge(place):
@@ -109,8 +117,21 @@ def load_judge(place):
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(Path(file).stem, module)           # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return getattr(module, name, None) or fail(f"--judge {place}: {file} has no function {name!r}")
+    try:
+        spec.loader.exec_module(module)
+    except Exception as problem:                              # whatever the user's file does
+        fail(f"--judge {place}: {file} cannot be imported ({type(problem).__name__}: {problem})")
+    function = getattr(module, name, None)
+    return function if callable(function) else fail(f"--judge {place}: {file} has no function {name!r}")
+
+
+def judged_score(judge, place, prompt, response):
+    """The judge's score of one answer, which has to be a finite number."""
+    try:
+        score = float(judge(prompt, response))
+    except Exception as problem:                              # whatever the user's judge does
+        fail(f"--judge {place}: {type(problem).__name__}: {problem} (prompt {prompt!r:.80})")
+    return score if math.isfinite(score) else fail(f"--judge {place}: score {score} (prompt {prompt!r:.80})")
 
 
 def new_file(folder, name, overwrite):
@@ -234,11 +255,13 @@ def curves(args):
     figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.8), layout="constrained")
     for run in args.runs:
         records = read_lines(Path(run) / "metrics.jsonl")
+        if not records or "step" not in records[0]:
+            fail(f"{run}: has no steps in its metrics.jsonl. Is it the run folder of a policy?")
         steps = [record["step"] for record in records]
         if judge:
             scores = {step: [] for step in steps}
-            for row in read_lines(Path(run) / "rollouts.jsonl"):
-                scores[row["step"]].append(judge(row["prompt"], row["response"]))
+            for row in read_lines(Path(run) / "rollouts.jsonl"):               # a run that was killed may lack the last
+                scores[row["step"]].append(judged_score(judge, args.judge, row["prompt"], row["response"]))
             records = [record | {"score": sum(scores[record["step"]]) / len(scores[record["step"]])}
                        for record in records]
         for panel, name in zip(axes, panels):

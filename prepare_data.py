@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ def read_raw(source, hub_split):
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content = file.read()
-    except (OSError, EOFError) as problem:
+    except (OSError, EOFError, zlib.error) as problem:
         fail(f"{path}: cannot be read ({problem})")
     if content.lstrip().startswith(b"["):
         lines = [(f"{path}: element {i}", row) for i, row in enumerate(parse_json(content, path), 1)]
@@ -98,10 +99,32 @@ def read_raw(source, hub_split):
     return lines or fail(f"{path}: empty")
 
 
+def row_problem(row, fields):
+    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name, kind in fields.items():
+        value = row.get(name)
+        text = isinstance(value, str) and bool(value.strip())
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
+                                                         isinstance(m.get("content"), str) for m in value)
+        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
+        if value is None:
+            return f'no field "{name}"'
+        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
+            return f'"{name}" is not a finite number: {value!r}'
+        if kind == "text" and not text:
+            return f'"{name}" is empty or not a string'
+        if kind == "prompt" and not (text or chat):
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
+    same = "chosen" in fields and row["chosen"] == row["rejected"]
+    return '"chosen" and "rejected" are the same text' if same else None
+
+
 def parse_json(text, place):
     try:
         return json.loads(text)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         fail(f"{place}: invalid JSON ({problem})")
 
 
@@ -171,7 +194,10 @@ def read_questions(args):
         except (KeyError, TypeError, IndexError, AttributeError) as problem:
             hint = "pass --prompts" if "prompt_id" in row and "prompt" not in row else "is --format right?"
             fail(f"{place}: not a row of the format {args.format} ({type(problem).__name__}: {problem}); {hint}")
-        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        problem = prompt and row_problem({"prompt": prompt}, {"prompt": "prompt"})
+        if problem:
+            fail(f"{place}: {problem}")
+        if not prompt:
             counts["dropped: prompt empty, or not the same on both sides"] += 1
             continue
         key = json.dumps(prompt, ensure_ascii=False, sort_keys=True)
@@ -244,7 +270,12 @@ def main(args):
         fail(f"{output}: exists already. Choose another --output, or pass --overwrite")
     if output.exists() and not (output / "manifest.json").is_file():
         fail(f"{output}: is not a data folder (no manifest.json), so --overwrite will not delete it")
+    for source in filter(None, (args.input, args.prompts)):
+        if Path(source).resolve().is_relative_to(output.resolve()):
+            fail(f"{output}: holds {source}, which is read here. Choose another --output")
     questions, counts = read_questions(args)
+    if not questions:
+        fail(f"{args.input}: no usable row ({dict(counts)})")
     rng = random.Random(args.seed)
     rng.shuffle(questions)
     ends = [round(sum(args.split[:i + 1]) * len(questions)) for i in range(4)]

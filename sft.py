@@ -48,7 +48,7 @@ class Args:
     warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the cosine decay (paper: 2)")
     epochs: int = HfArg(default=4, help="passes over the data (paper: 3)")
     batch_size: int = HfArg(default=16, help="rows per update, over all processes (paper: 16)")
-    micro_batch_size: int = HfArg(default=16, help="rows per forward pass and process; the rest is accumulated")
+    micro_batch_size: int = HfArg(default=16, help="most rows per forward pass and process; the rest accumulates")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
     log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
     seed: int = HfArg(default=1, help="seed of everything random")
@@ -73,6 +73,14 @@ def parse_args(cls, argv):
     return cls(**vars(parser.parse_args(argv)))
 
 
+def check_numbers(args):
+    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
+    for name, value in vars(args).items():
+        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs") else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value}: it has to be finite and at least {least}")
+
+
 # ---- 2. Data ----
 def row_problem(row, fields):
     """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
@@ -81,8 +89,9 @@ def row_problem(row, fields):
     for name, kind in fields.items():
         value = row.get(name)
         text = isinstance(value, str) and bool(value.strip())
-        chat = isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
+                                                         isinstance(m.get("content"), str) for m in value)
+        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
         if value is None:
             return f'no field "{name}"'
         if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
@@ -90,7 +99,7 @@ def row_problem(row, fields):
         if kind == "text" and not text:
             return f'"{name}" is empty or not a string'
         if kind == "prompt" and not (text or chat):
-            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
     same = "chosen" in fields and row["chosen"] == row["rejected"]
     return '"chosen" and "rejected" are the same text' if same else None
 
@@ -119,8 +128,9 @@ def read_rows(data, split, fields, bad_rows="error"):
             continue
         try:
             row = json.loads(line) if isinstance(line, bytes) else line
+            json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
             problem = row_problem(row, fields)
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             problem = f"invalid JSON ({error})"
         if problem and bad_rows == "error":
             fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
@@ -165,7 +175,8 @@ def update_order(n, batch_size, epochs, seed):
     """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
 
     A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out.
+    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
+    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
     """
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
@@ -196,16 +207,23 @@ def load(auto_class, name, kind=None, **kwargs):
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
     folder = Path(name)
-    if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
+    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
+    if local and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
         made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
         is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
         if kind and is_value != (kind == "value"):
             fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as problem:
-        fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
+        if not kind:
+            return auto_class.from_pretrained(name, **kwargs)
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as problem:                              # transformers, safetensors and the hub have many kinds
+        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+    new_head = kind == "policy" and "TokenClassification" in auto_class.__name__
+    missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
 def start_run(accelerator, args):
@@ -262,15 +280,21 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
 
 # ---- 6. Training ----
 def accumulation_steps(args):
-    """Micro-batches that make up one update, so that --batch_size means the same on one GPU and on sixty-four."""
-    rows = args.micro_batch_size * PartialState().num_processes
-    if args.batch_size < 1 or args.batch_size % rows:
-        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = {rows}")
-    return args.batch_size // rows
+    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
+    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
+    processes = PartialState().num_processes
+    if args.batch_size < 1 or args.batch_size % processes:
+        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
+    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.batch_size // (args.micro_batch_size * processes)
 
 
 def main(args):
     started = time.time()
+    check_numbers(args)
     accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
     set_seed(args.seed)
     tokenizer = load(AutoTokenizer, args.model)
@@ -286,9 +310,11 @@ def main(args):
              f"or raise --max_length {args.max_length}")
 
     model = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32)
+    if args.max_length > getattr(model.config, "max_position_embeddings", math.inf):
+        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
     output = start_run(accelerator, args)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
     # The scheduler is stepped by hand: a prepared one would take `num_processes` steps an update.
     scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))

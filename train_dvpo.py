@@ -5,13 +5,12 @@
 
 Section 3.3, Eq. (2): clipped PPO in which the advantages are read off the frozen global value model. No reward model,
 no critic, no critic's optimiser: per step the policy answers prompts, three forward passes give log pi_old, log pi_ref
-and Q, and the policy is updated. Compare baselines/ppo.py, which has the same shape and keeps all that.
+and Q, and the policy is updated.
 
 Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | padding].
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
 Where    logp[b, t], q[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t), Q(tau, s_t, a_t).
 """
-import functools
 import json
 import math
 import os
@@ -51,16 +50,16 @@ class Args:
     clip_range: float = HfArg(default=0.2, help="epsilon of Eq. (2) (released code: 0.2)")
     ppo_epochs: int = HfArg(default=2, help="passes over each batch of rollouts (paper: 4)")
     truncated: Literal["keep", "mask", "penalise"] = HfArg(default="keep", help="responses cut at the length limit: "
-                                                           "as they are; left out; r_T = -1")          # DEVIATION 10
+                                                           "as they are; left out; 1 off Q_T")          # DEVIATION 10
     max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
     max_response_length: int = HfArg(default=64, help="tokens after which a response is cut (paper: 1024)")
     lr: float = HfArg(default=2e-4, help="learning rate, constant (paper: 2e-6)")
-    steps: int = HfArg(default=60, help="batches of rollouts")
+    steps: int = HfArg(default=30, help="batches of rollouts")
     batch_size: int = HfArg(default=64, help="rollouts per step, over all processes (paper: 8)")
     mini_batch_size: int = HfArg(default=32, help="rollouts per update, over all processes (paper: 2 x 2)")
-    micro_batch_size: int = HfArg(default=32, help="rollouts per forward pass and process")
+    micro_batch_size: int = HfArg(default=32, help="most rollouts per forward pass and process")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours; released code: none)")
-    sample_every: int = HfArg(default=20, help="steps between two printed samples")
+    sample_every: int = HfArg(default=15, help="steps between two printed samples")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
@@ -83,6 +82,14 @@ def parse_args(cls, argv):
     return cls(**vars(parser.parse_args(argv)))
 
 
+def check_numbers(args):
+    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
+    for name, value in vars(args).items():
+        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs") else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value}: it has to be finite and at least {least}")
+
+
 # ---- 2. Data ----
 def row_problem(row, fields):
     """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
@@ -91,8 +98,9 @@ def row_problem(row, fields):
     for name, kind in fields.items():
         value = row.get(name)
         text = isinstance(value, str) and bool(value.strip())
-        chat = isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
+                                                         isinstance(m.get("content"), str) for m in value)
+        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
         if value is None:
             return f'no field "{name}"'
         if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
@@ -100,7 +108,7 @@ def row_problem(row, fields):
         if kind == "text" and not text:
             return f'"{name}" is empty or not a string'
         if kind == "prompt" and not (text or chat):
-            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
     same = "chosen" in fields and row["chosen"] == row["rejected"]
     return '"chosen" and "rejected" are the same text' if same else None
 
@@ -129,8 +137,9 @@ def read_rows(data, split, fields, bad_rows="error"):
             continue
         try:
             row = json.loads(line) if isinstance(line, bytes) else line
+            json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
             problem = row_problem(row, fields)
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             problem = f"invalid JSON ({error})"
         if problem and bad_rows == "error":
             fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
@@ -148,12 +157,6 @@ def encode_prompt(tokenizer, prompt):
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-def encode_response(tokenizer, response):
-    """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
-    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [tokenizer.eos_token_id]
 
 
 def collate(sequences, pad_id, device):
@@ -175,7 +178,8 @@ def update_order(n, batch_size, epochs, seed):
     """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
 
     A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out.
+    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
+    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
     """
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
@@ -220,7 +224,7 @@ def advantage_q(q, reward_kl, is_response):
     return torch.where(is_response, q + reward_kl, 0.0)
 
 
-def accumulate(delta, is_response, decay):
+def discounted_sum(delta, is_response, decay):
     """A_t = delta_t + decay * A_{t+1}, and 0 past the last token: the recursion of GAE. (B, T), 0 off the mask."""
     advantage, a_next = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])                     # (B, T), (B,)
     for t in reversed(range(delta.shape[1])):
@@ -240,7 +244,7 @@ def advantage_gae(q, reward_kl, is_response, gamma, gae_lambda):
     lambda = 0: A = Q - V. lambda = 1, gamma = 1, without KL: A_t = Q_T - V(s_t).
     q, reward_kl (B, T) float; is_response (B, T) bool. Returns (B, T), 0 off the mask.
     """
-    return accumulate(reward_kl + q - shift_right(q) / gamma, is_response, gamma * gae_lambda)
+    return discounted_sum(reward_kl + q - shift_right(q) / gamma, is_response, gamma * gae_lambda)
 
 
 def advantage_released(q, reward_kl, is_response, gamma, gae_lambda):
@@ -252,7 +256,7 @@ def advantage_released(q, reward_kl, is_response, gamma, gae_lambda):
     Shapes as in advantage_gae.
     """
     v_next = torch.where(last_token(is_response), 0.0, q)          # V(s_{t+1}) is read where a_t has been seen
-    return accumulate(reward_kl + gamma * v_next - shift_right(q), is_response, gamma * gae_lambda)
+    return discounted_sum(reward_kl + gamma * v_next - shift_right(q), is_response, gamma * gae_lambda)
 
 
 def whiten(x, mask, reduce=lambda total: total):
@@ -363,16 +367,23 @@ def load(auto_class, name, kind=None, **kwargs):
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
     folder = Path(name)
-    if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
+    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
+    if local and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
         made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
         is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
         if kind and is_value != (kind == "value"):
             fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as problem:
-        fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
+        if not kind:
+            return auto_class.from_pretrained(name, **kwargs)
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as problem:                              # transformers, safetensors and the hub have many kinds
+        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+    new_head = kind == "policy" and "TokenClassification" in auto_class.__name__
+    missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
 def start_run(accelerator, args):
@@ -438,47 +449,57 @@ def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
     ids, is_token, is_response, logp_old, advantage = batch
     tokens = accelerator.reduce(is_response.sum()).clamp(min=1)                # response tokens of the global batch
     updates = args.batch_size // args.mini_batch_size                          # updates per epoch
-    ratio_error, grad_norms = 0.0, []
-    for epoch in range(args.ppo_epochs):
-        sums = torch.zeros(3, device=ids.device)
-        for micro in torch.randperm(len(ids)).split(args.micro_batch_size):
-            with accelerator.accumulate(policy):
-                logp = token_logp(policy, ids[micro], is_token[micro])                             # (micro, T)
-                # Eq. (2)'s E[.] is over the batch: a token weighs the same in every mini-batch.        # DEVIATION 9
-                # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both
-                # are undone here.
-                loss = ppo_loss(logp, logp_old[micro], advantage[micro], is_response[micro], args.clip_range)
-                loss = loss * is_response[micro].sum() / tokens
-                accelerator.backward(loss * updates * accelerator.gradient_accumulation_steps
-                                     * accelerator.num_processes)
-            log_ratio = torch.where(is_response[micro], logp.detach() - logp_old[micro], 0.0)
-            if not grad_norms:                                                 # before the first update
-                ratio_error = max(ratio_error, (log_ratio.exp() - 1).abs().max().item())
-            sums += torch.stack([loss.detach(), (log_ratio.exp() - 1 - log_ratio).sum() / tokens,
-                                 ((log_ratio.exp() - 1).abs() > args.clip_range).sum() / tokens])
-            if accelerator.sync_gradients:
-                grad_norms.append(float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm)))
-                stop_if_bad(grad_norms[-1])
-            optimizer.step()                                                   # of a whole mini-batch: else a no-op
+    ratio_error, stopped, history, seen = 0.0, False, [], torch.zeros(4, device=ids.device)
+    order = torch.cat([torch.randperm(len(ids)) for _ in range(args.ppo_epochs)])
+    for micro in order.split(args.micro_batch_size):
+        with accelerator.accumulate(policy):
+            logp = token_logp(policy, ids[micro], is_token[micro])                                 # (micro, T)
+            # Eq. (2)'s E[.] is over the batch: a token weighs the same in every mini-batch.            # DEVIATION 9
+            # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
+            # undone here.
+            loss = ppo_loss(logp, logp_old[micro], advantage[micro], is_response[micro], args.clip_range)
+            loss = loss * is_response[micro].sum() / tokens * updates
+            accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+        log_ratio = torch.where(is_response[micro], logp.detach() - logp_old[micro], 0.0)
+        ratio = log_ratio.exp()
+        if not history:                                                        # before the first update
+            ratio_error = max(ratio_error, (ratio - 1).abs().max().item())
+        # k3 = r - 1 - log r, never negative, estimates KL(pi_old, pi_theta).
+        seen += torch.stack([loss.detach(), (ratio - 1 - log_ratio).sum(), ((ratio - 1).abs() > args.clip_range).sum(),
+                             is_response[micro].sum()])
+        if accelerator.sync_gradients:                                         # a mini-batch is complete
+            loss, approx_kl, clipped, count = accelerator.reduce(seen).tolist()
+            history.append((loss, approx_kl / max(count, 1), clipped / max(count, 1),
+                            float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm))))
+            seen.zero_()
+            stop_if_bad(history[-1][-1])
+            stopped = history[-1][1] > args.target_kl                          # KL_target, Appendix C: no more updates
+        if stopped:
             optimizer.zero_grad()
-        loss, approx_kl, clip_fraction = accelerator.reduce(sums).tolist()
-        if approx_kl > args.target_kl:                                         # KL_target, Appendix C
             break
-    return {"loss": loss, "approx_kl": approx_kl, "clip_fraction": clip_fraction, "ratio_error": ratio_error,
-            "grad_norm": sum(grad_norms) / len(grad_norms), "epochs": epoch + 1}
+        optimizer.step()                                                       # of a whole mini-batch: else a no-op
+        optimizer.zero_grad()
+    means = dict(zip(("loss", "approx_kl", "clip_fraction", "grad_norm"), torch.tensor(history).mean(0).tolist()))
+    return means | {"approx_kl": history[-1][1], "ratio_error": ratio_error, "updates": len(history) - stopped}
 
 
 def accumulation_steps(args):
-    """Micro-batches that make up one update, so that --mini_batch_size means the same on one GPU and on sixty-four."""
-    rows = args.micro_batch_size * PartialState().num_processes
-    if args.mini_batch_size < 1 or args.mini_batch_size % rows or args.batch_size % args.mini_batch_size:
+    """Micro-batches per update. --mini_batch_size is the total over all processes, so that a run means the same on one
+    GPU and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
+    processes = PartialState().num_processes
+    if args.mini_batch_size < 1 or args.mini_batch_size % processes or args.batch_size % args.mini_batch_size:
         fail(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size {args.mini_batch_size}, and that "
-             f"of --micro_batch_size x processes = {rows}")
-    return args.mini_batch_size // rows
+             f"of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.mini_batch_size // processes)
+    if args.micro_batch_size < 1 or args.mini_batch_size % (args.micro_batch_size * processes):
+        fail(f"--mini_batch_size {args.mini_batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.mini_batch_size // (args.micro_batch_size * processes)
 
 
 def main(args):
     started = time.time()
+    check_numbers(args)
     accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
     set_seed(args.seed, device_specific=True)
     tokenizer = load(AutoTokenizer, args.model)
@@ -501,17 +522,15 @@ def main(args):
     policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
     reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
     gvm = load(AutoModelForTokenClassification, args.gvm, kind="value", dtype=torch.float32).eval()
-    made = getattr(gvm.config, "gvm", None) or fail(f"{args.gvm}: no GVM settings in its config.json: train_gvm.py "
-                                                    f"writes them")
+    made = getattr(gvm.config, "gvm", None) or fail(f"{args.gvm}: not made by train_gvm.py (no gvm in config.json)")
     context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, gvm))
     if args.max_prompt_length + args.max_response_length > context:
         fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
     output = start_run(accelerator, args)
     for model in (reference, gvm):
         model.requires_grad_(False).to(accelerator.device)             # frozen: neither gradient nor optimizer
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    total = functools.partial(accelerator.reduce, reduction="sum")
     epochs = math.ceil(args.steps / (len(data) // args.batch_size))
     batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
 
@@ -524,11 +543,12 @@ def main(args):
         clock.append(time.time())
 
         sequences = list(zip(prompt_ids, responses))
-        pool = list(zip(questions, sequences))                         # tau: the current policy's own latest answers
-        behind_tau = [with_tau(question, sequence, pool, made["tau_pairs"], context, random)
-                      for question, sequence in pool]
-        ids, is_token, is_response, logp_old, logp_ref, q = score_rollouts(
-            accelerator.unwrap_model(policy), reference, gvm, sequences, behind_tau, args, tokenizer.pad_token_id)
+        pool = gather_object(list(zip(questions, sequences)))          # tau: the current policy's own latest answers
+        behind_tau = [with_tau(question, sequence, pool, made["tau_pairs"], made["max_length"], random)
+                      for question, sequence in zip(questions, sequences)]
+        with accelerator.autocast():                                   # all three models in the update's precision
+            ids, is_token, is_response, logp_old, logp_ref, q = score_rollouts(
+                accelerator.unwrap_model(policy), reference, gvm, sequences, behind_tau, args, tokenizer.pad_token_id)
         ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in responses], device=ids.device)[:, None]
         reward = kl_reward(logp_old, logp_ref, is_response, args.kl_coef)                          # r^KL_t
         if args.truncated == "penalise":
@@ -540,7 +560,7 @@ def main(args):
         else:
             advantage = advantage_released(q, reward, is_response, made["gamma"], args.gae_lambda)
         learned = is_response & ended if args.truncated == "mask" else is_response
-        advantage = whiten(advantage, learned, total)
+        advantage = whiten(advantage, learned, accelerator.reduce)
         clock.append(time.time())
 
         metrics = improve(accelerator, policy, optimizer, (ids, is_token, learned, logp_old, advantage), args,
@@ -552,11 +572,11 @@ def main(args):
                  f"pi_old and log pi_theta are not computed alike (dropout? another precision?)")
         record = {"step": step} | metrics
         per_response = {
-            "value": (last_token(is_response) * q).sum(-1) * made["reward_std"] + made["reward_mean"],
+            "value": torch.where(last_token(is_response), q, 0.0).sum(-1) * made["reward_std"] + made["reward_mean"],
             "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
             "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
             "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
-        record |= {name: (total(x.sum()) / args.batch_size).item() for name, x in per_response.items()}
+        record |= {name: (accelerator.reduce(x.sum()) / args.batch_size).item() for name, x in per_response.items()}
         record |= {f"seconds_{part}": clock[i + 1] - clock[i] for i, part in enumerate(("generate", "score", "update"))}
         record["seconds"] = time.time() - started
         samples = gather_object([

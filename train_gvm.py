@@ -47,11 +47,11 @@ class Args:
     max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped (paper: 1024)")
     lr: float = HfArg(default=1e-3, help="peak learning rate (paper: 2e-6)")
     warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the cosine decay (ours)")
-    epochs: int = HfArg(default=2, help="passes over the data (ours; released code: 1)")
+    epochs: int = HfArg(default=4, help="passes over the data (ours; released code: 1)")
     batch_size: int = HfArg(default=16, help="rows per update, over all processes (paper: 32)")
-    micro_batch_size: int = HfArg(default=16, help="rows per forward pass and process; the rest is accumulated")
+    micro_batch_size: int = HfArg(default=16, help="most rows per forward pass and process; the rest accumulates")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
-    eval_every: int = HfArg(default=400, help="updates between two evaluations on test_pairs.jsonl")
+    eval_every: int = HfArg(default=1500, help="updates between two evaluations on test_pairs.jsonl")
     log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
     seed: int = HfArg(default=1, help="seed of everything random")
 
@@ -75,6 +75,14 @@ def parse_args(cls, argv):
     return cls(**vars(parser.parse_args(argv)))
 
 
+def check_numbers(args):
+    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
+    for name, value in vars(args).items():
+        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs") else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value}: it has to be finite and at least {least}")
+
+
 # ---- 2. Data ----
 def row_problem(row, fields):
     """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
@@ -83,8 +91,9 @@ def row_problem(row, fields):
     for name, kind in fields.items():
         value = row.get(name)
         text = isinstance(value, str) and bool(value.strip())
-        chat = isinstance(value, list) and value and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
+                                                         isinstance(m.get("content"), str) for m in value)
+        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
         if value is None:
             return f'no field "{name}"'
         if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
@@ -92,7 +101,7 @@ def row_problem(row, fields):
         if kind == "text" and not text:
             return f'"{name}" is empty or not a string'
         if kind == "prompt" and not (text or chat):
-            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages'
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
     same = "chosen" in fields and row["chosen"] == row["rejected"]
     return '"chosen" and "rejected" are the same text' if same else None
 
@@ -121,8 +130,9 @@ def read_rows(data, split, fields, bad_rows="error"):
             continue
         try:
             row = json.loads(line) if isinstance(line, bytes) else line
+            json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
             problem = row_problem(row, fields)
-        except ValueError as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             problem = f"invalid JSON ({error})"
         if problem and bad_rows == "error":
             fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
@@ -167,7 +177,8 @@ def update_order(n, batch_size, epochs, seed):
     """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
 
     A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out.
+    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
+    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
     """
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
@@ -341,16 +352,23 @@ def load(auto_class, name, kind=None, **kwargs):
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
     folder = Path(name)
-    if (folder.exists() or folder.parent.is_dir() or name.count("/") != 1) and not any(folder.glob("*config.json")):
+    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
+    if local and not any(folder.glob("*config.json")):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     try:
         made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
         is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
         if kind and is_value != (kind == "value"):
             fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
-        return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as problem:
-        fail(f"{name}: {auto_class.__name__} cannot load it ({str(problem).strip().splitlines()[0]})")
+        if not kind:
+            return auto_class.from_pretrained(name, **kwargs)
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as problem:                              # transformers, safetensors and the hub have many kinds
+        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+    new_head = kind == "policy" and "TokenClassification" in auto_class.__name__
+    missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
 def start_run(accelerator, args):
@@ -407,17 +425,23 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
 
 # ---- 6. Training ----
 def accumulation_steps(args):
-    """Micro-batches that make up one update, so that --batch_size means the same on one GPU and on sixty-four."""
-    rows = args.micro_batch_size * PartialState().num_processes
-    if args.batch_size < 1 or args.batch_size % rows:
-        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = {rows}")
-    return args.batch_size // rows
+    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
+    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
+    processes = PartialState().num_processes
+    if args.batch_size < 1 or args.batch_size % processes:
+        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
+    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.batch_size // (args.micro_batch_size * processes)
 
 
 def main(args):
     started = time.time()
-    if not (0 < args.gamma <= 1 and 0 <= args.td_lambda <= 1 and args.tau_pairs >= 0):
-        fail("wanted: 0 < --gamma <= 1, 0 <= --td_lambda <= 1, --tau_pairs >= 0")
+    check_numbers(args)
+    if not (0 < args.gamma <= 1 and args.td_lambda <= 1):
+        fail(f"--gamma {args.gamma} and --td_lambda {args.td_lambda} have to be at most 1, and --gamma above 0")
     accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
     set_seed(args.seed)
     tokenizer = load(AutoTokenizer, args.model)
@@ -431,14 +455,14 @@ def main(args):
     if len(data) < args.batch_size:
         fail(f"{args.data}: {len(data)} trajectories do not fill one batch: lower --batch_size {args.batch_size}, or "
              f"raise --max_length {args.max_length}")
-    rewards = torch.tensor([trajectory.reward for trajectory in data])
+    rewards = torch.tensor([trajectory.reward for trajectory in data], dtype=torch.float64)
     # Scores of any scale: learn in units of the training set's deviation, and save both to map values back. DEVIATION 7
     mean, std = 0.0, 1.0
     if args.supervision == "scores":
         mean, std = rewards.mean().item(), rewards.std(correction=0).item()
-    if not std > 0:
-        fail(f"{args.data}: all rewards are equal ({mean}): there is nothing to learn")
-    rewards = (rewards - mean) / std
+    if rewards.min() == rewards.max() or not math.isfinite(std):
+        fail(f"{args.data}: all rewards are equal ({mean}), or too large to have a deviation: nothing to learn")
+    rewards = ((rewards - mean) / std).float()
     pairs = []
     if not Path(args.data).is_dir() or (Path(args.data) / "test_pairs.jsonl").is_file():
         pairs, _ = read_trajectories(args, tokenizer, "test_pairs", "pairs")
@@ -448,13 +472,16 @@ def main(args):
     config = AutoConfig.from_pretrained(args.model, num_labels=1)
     config.classifier_dropout = config.attention_dropout = 0.0         # a value is a number, not a lottery
     config.gvm = {"gamma": args.gamma, "td_lambda": args.td_lambda, "tau_pairs": args.tau_pairs,
-                  "supervision": args.supervision, "reward_mean": mean, "reward_std": std}
+                  "max_length": args.max_length, "supervision": args.supervision, "reward_mean": mean,
+                  "reward_std": std}
     model = load(AutoModelForTokenClassification, args.model, kind="policy", config=config, dtype=torch.float32)
+    if args.max_length > getattr(config, "max_position_embeddings", math.inf):
+        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
     for parameter in value_head(model).parameters():
         torch.nn.init.zeros_(parameter)                                # Q = 0 everywhere: no opinion before the data
     output = start_run(accelerator, args)
     model.eval()                                                       # dropout off; gradients flow all the same
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
     scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 
 import pytest
 
@@ -62,7 +63,7 @@ def test_the_oracle_understands_everything_that_the_policies_say():
 
 def test_right_answers_are_right_and_wrong_ones_wrong():
     for prompt, (kind, country) in atlas.QUESTIONS.items():
-        subject = country.capital if country.capital in prompt else country.name
+        subject = country.capital if re.search(rf"\b{country.capital}\b", prompt) else country.name
         right, wrong = atlas.answers(kind, country, subject)
         assert all(atlas.oracle(prompt, answer) >= 0.5 for forms in right for answer in forms)
         assert all(atlas.oracle(prompt, answer) <= -0.35 for forms in wrong for answer in forms)

@@ -54,6 +54,9 @@ ROWS = [
     (b'{"prompt": "a", "response": "b", "reward": "0.5"}', "not a finite number"),
     (b'{"prompt": "a", "response": "b", "reward": true}', "not a finite number"),
     (b'{"prompt": "a", "response": "b"}', 'no field "reward"'),
+    (b'{"prompt": "a", "response": "\\ud800", "reward": 1}', "surrogates not allowed"),
+    (b'{"prompt": "a", "response": "b", "reward": 1' + b"0" * 400 + b"}", "too large"),
+    (b'{"prompt": [{"role": "assistant", "content": "a"}], "response": "b", "reward": 1}', 'ends with "user"'),
 ]
 
 
@@ -87,10 +90,12 @@ def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path):
     ("sft", {"data": "nowhere/at/all"}, "nowhere/at/all/sft.jsonl: no such file"),
     ("sft", {"model": "nowhere/at/all"}, "nowhere/at/all: no model in this folder"),
     ("sft", {"model": "tests"}, "tests: no model in this folder"),
-    ("sft", {"batch_size": 12}, "--batch_size 12 is not a multiple of"),
+    ("sft", {"batch_size": 24}, "--batch_size 24 is not a multiple of"),
     ("sft", {"max_length": 3}, "0 usable rows do not fill one batch.*--max_length 3"),
     ("gvm", {"model": "nowhere/at/all"}, "no model in this folder"),
-    ("gvm", {"batch_size": 0}, "--batch_size 0 is not a multiple"),
+    ("gvm", {"batch_size": 0}, "--batch_size 0: it has to be finite and at least 1"),
+    ("sft", {"lr": float("nan")}, "--lr nan"), ("sft", {"epochs": 0}, "--epochs 0"), ("dvpo", {"steps": 0}, "--steps 0"),
+    ("dvpo", {"max_response_length": 0}, "--max_response_length 0"), ("sft", {"max_length": 600}, "more than the context"),
     ("gvm", {"max_length": 5}, "trajectories do not fill one batch"),
     ("gvm", {"gamma": 0.0}, "--gamma"),
     ("dvpo", {"max_prompt_length": 2}, "usable prompts do not fill one batch"),

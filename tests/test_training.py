@@ -158,8 +158,8 @@ def test_a_batch_in_which_every_response_is_cut_teaches_nothing_when_masked(dvpo
 def test_the_target_kl_ends_the_epochs(dvpo_args, again, tmp_path):
     for name, target in (("low", 1e-9), ("high", 1e9)):
         train_dvpo.main(again(dvpo_args, output=str(tmp_path / name), target_kl=target, ppo_epochs=4, lr=1e-3))
-    low, high = ([record["epochs"] for record in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("low", "high"))
-    assert low == [1, 1, 1] and high == [4, 4, 4]
+    low, high = ([record["updates"] for record in read_lines(tmp_path / name / "metrics.jsonl")] for name in ("low", "high"))
+    assert low == [1, 1, 1] and high == [8, 8, 8]                            # updates until it was passed, of 4 x 2
 
 
 def test_a_gvm_with_a_zero_head_teaches_nothing(gvm_args, dvpo_args, again, tmp_path):
