@@ -234,13 +234,18 @@ def with_tau(prompt, sequence, pool, k, max_length, rng):
     return [*tau, *sequence[0]], sequence[1]
 
 
-def with_taus(trajectories, rows, k, max_length, seed):
-    """The sequences of some rows, each behind its tau: pairs of the same policy, another draw for another seed."""
+def pool_by_policy(trajectories):
+    """{policy: [(prompt, (prompt ids, response ids)), ...]}: what tau is drawn from."""
     pool = {}
-    for trajectory in trajectories if k else []:
+    for trajectory in trajectories:
         pool.setdefault(trajectory.policy, []).append((trajectory.prompt, trajectory.sequence))
-    return [with_tau(trajectories[row].prompt, trajectories[row].sequence, pool.get(trajectories[row].policy, []), k,
-                     max_length, random.Random(f"{seed} {row}")) for row in rows]
+    return pool
+
+
+def with_taus(trajectories, pool, args, seed):
+    """The sequences of some trajectories, each behind its tau of the same policy; another draw for another seed."""
+    return [with_tau(t.prompt, t.sequence, pool[t.policy], args.tau_pairs, args.max_length,
+                     random.Random(f"{seed} {row}")) for row, t in enumerate(trajectories)]
 
 
 # ---- 3. Loss: Eq. (1) ----
@@ -337,7 +342,7 @@ def evaluate(model, pairs, args, tokenizer):
 
     pairs  [chosen, rejected, chosen, rejected, ...] as Trajectories. The same tau every time: seed 0.
     """
-    sequences = with_taus(pairs, range(len(pairs)), args.tau_pairs, args.max_length, seed=0)
+    sequences = with_taus(pairs, pool_by_policy(pairs), args, seed=0)
     scores = score_responses(model, sequences, args.micro_batch_size, tokenizer.pad_token_id)
     return {name: pair_accuracy(score[0::2], score[1::2]) for name, score in scores.items()}
 
@@ -479,6 +484,8 @@ def main(args):
         fail(f"--max_length {args.max_length} is more than the context of {args.model}")
     for parameter in value_head(model).parameters():
         torch.nn.init.zeros_(parameter)                                # Q = 0 everywhere: no opinion before the data
+    pool = pool_by_policy(data)
+    with_taus(pairs, pool_by_policy(pairs), args, seed=0)              # too few pairs for tau? Better now than later
     output = start_run(accelerator, args)
     model.eval()                                                       # dropout off; gradients flow all the same
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -492,7 +499,7 @@ def main(args):
         mine = batch[accelerator.process_index::accelerator.num_processes]
         loss_of_update = torch.zeros((), device=accelerator.device)
         for micro in mine.split(args.micro_batch_size):
-            sequences = with_taus(data, micro.tolist(), args.tau_pairs, args.max_length, f"{args.seed} {update}")
+            sequences = with_taus([data[row] for row in micro], pool, args, f"{args.seed} {update} {micro[0]}")
             ids, is_token, is_response = collate(sequences, tokenizer.pad_token_id, accelerator.device)
             reward = last_token(is_response) * rewards[micro, None].to(accelerator.device)             # (B, T): r_t
             is_value = value_positions(is_response)
