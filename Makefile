@@ -1,4 +1,4 @@
-# make demo | make test        SEED=3: another seed.  PYTHON=python3 VENV= : the current environment, nothing installed
+# make demo | make compare | make test        SEED=3: another seed.  PYTHON=python3 VENV= : the current environment, nothing installed
 PYTHON ?= python3
 VENV   ?= .venv
 SEED   ?= 1
@@ -15,6 +15,7 @@ endif
 
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
+	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 10)"
 	@echo "make test      ruff and the whole test suite"
 	@echo "options        SEED=3 (every seed) | RUN=folder (default runs/atlas) | PYTHON=python3 VENV= (no new environment)"
 
@@ -60,8 +61,16 @@ $(RUN)/figures/tokens.png: figures.py $(RUN)/gvm/model.safetensors
 $(RUN)/figures/curves.png: figures.py $(RUN)/dvpo/model.safetensors
 	$(PY) figures.py curves --runs $(RUN)/dvpo --judge atlas.py:oracle --output $(RUN)/figures --overwrite
 
+# QUICK: one seed, 20 steps, the scripts' own learning rates, and nothing written to results/.
+compare: $(INSTALLED)
+ifdef QUICK
+	$(PY) experiments/compare.py --seeds 11 --sweep_seed -1 --steps 20 --rounds 1 --runs runs/compare-quick --output runs/compare-quick
+else
+	$(PY) experiments/compare.py
+endif
+
 test: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
-.PHONY: help demo stages test
+.PHONY: help demo stages compare test

@@ -79,7 +79,7 @@ def parse_args(cls, argv):
 def check_numbers(args):
     """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
     for name, value in vars(args).items():
-        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs") else 1
+        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs", "save_steps") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             fail(f"--{name} {value}: it has to be finite and at least {least}")
 
@@ -256,9 +256,10 @@ def score_responses(model, sequences, batch_size, pad_id):
 
 
 @torch.no_grad()
-def rollout(policy, tokenizer, prompts, max_response_length):
+def rollout(policy, tokenizer, prompts, max_response_length, greedy=False):
     """Samples one response to each prompt from pi_theta exactly. prompts: list of id lists. Returns a list of id lists.
 
+    greedy  takes the likeliest token each time instead: ReMax's baseline, never what the policy learns from
     A response ends with EOS, unless it was cut at max_response_length. It stays token ids: decoded and encoded again,
     it could be split into other tokens than the policy chose.
     """
@@ -268,7 +269,7 @@ def rollout(policy, tokenizer, prompts, max_response_length):
     # generate() fills what a GenerationConfig leaves open from the model's own (top_k = 50, a repetition penalty, ...).
     # Then pi_theta is not what is sampled, and the KL estimate goes negative. So the model's own is set aside.
     own, policy.generation_config = policy.generation_config, GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
+        do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     try:
         written = policy.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
@@ -345,7 +346,7 @@ def load(auto_class, name, kind=None, **kwargs):
     except Exception as problem:                              # transformers, safetensors and the hub have many kinds
         reason = (str(problem).strip() or repr(problem)).splitlines()[0]
         fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
-    new_head = kind == "policy" and "TokenClassification" in auto_class.__name__
+    new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 

@@ -104,7 +104,7 @@ def load(auto_class, name, kind=None, **kwargs):
     except Exception as problem:                              # transformers, safetensors and the hub have many kinds
         reason = (str(problem).strip() or repr(problem)).splitlines()[0]
         fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
-    new_head = kind == "policy" and "TokenClassification" in auto_class.__name__
+    new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 

@@ -51,6 +51,8 @@ class Args:
     micro_batch_size: int = HfArg(default=16, help="most rows per forward pass and process; the rest accumulates")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
     log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
+    save_steps: int = HfArg(default=0, help="updates between two checkpoints, of which two are kept; 0: none")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
@@ -76,7 +78,7 @@ def parse_args(cls, argv):
 def check_numbers(args):
     """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
     for name, value in vars(args).items():
-        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs") else 1
+        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs", "save_steps") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             fail(f"--{name} {value}: it has to be finite and at least {least}")
 
@@ -221,33 +223,74 @@ def load(auto_class, name, kind=None, **kwargs):
     except Exception as problem:                              # transformers, safetensors and the hub have many kinds
         reason = (str(problem).strip() or repr(problem)).splitlines()[0]
         fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
-    new_head = kind == "policy" and "TokenClassification" in auto_class.__name__
+    new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
 def start_run(accelerator, args):
     """Makes the run folder and writes args.json. What is in the folder already is only replaced with --overwrite, and
-    only if it is a run, and none of this run's own inputs."""
-    output = Path(args.output)
-    inputs = {name: getattr(args, name) for name in ("model", "gvm", "data") if hasattr(args, name)}
+    only if it is a run, and none of this run's own inputs; with --resume it has to be this very run, unfinished."""
+    output, inputs = Path(args.output), ("model", "gvm", "reward_model", "data")
     if accelerator.is_main_process:
         if output.is_file():
             fail(f"{output}: is a file. Choose another --output")
-        for name, value in inputs.items():
-            if Path(value).resolve().is_relative_to(output.resolve()):
-                fail(f"{output}: holds --{name} {value}, which this run reads. Choose another --output")
+        for name in inputs:
+            if hasattr(args, name) and Path(getattr(args, name)).resolve().is_relative_to(output.resolve()):
+                fail(f"{output}: holds --{name} {getattr(args, name)}, which this run reads. Choose another --output")
         if output.exists() and any(output.iterdir()):
-            if not args.overwrite:
-                fail(f"{output}: holds another run. Choose another --output, or pass --overwrite to replace it")
+            if not (args.overwrite or args.resume):
+                fail(f"{output}: holds another run. Choose another --output, or pass --resume or --overwrite")
             if not (output / "args.json").is_file():
-                fail(f"{output}: is not a run folder (no args.json), so --overwrite will not delete it")
-            print(f"{output}: replacing the run that was here")
-            shutil.rmtree(output)
+                fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
+            if args.resume:
+                was = json.loads((output / "args.json").read_text())
+                changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
+                           if name not in ("overwrite", "resume", "save_steps") and was.get(name) != value]
+                if changed or any(output.glob("*.safetensors")):
+                    fail(f"{output}: " + (f"was started with {changed[0]}" if changed else "is finished") +
+                         ", so there is nothing to resume. Choose another --output")
+            else:
+                print(f"{output}: replacing the run that was here")
+                shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     accelerator.wait_for_everyone()
     return output
+
+
+def checkpoints(output):
+    """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
+    return sorted(output.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def save_checkpoint(accelerator, output, step):
+    """Everything that the rest of the run depends on: weights, optimizer, scheduler, every process's random numbers.
+    (Which rows come next is a function of seed and step.) The newest two are kept."""
+    unfinished = output / "checkpoints" / f".step_{step}"
+    accelerator.save_state(str(unfinished))                                    # every process takes part
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        unfinished.rename(unfinished.with_name(f"step_{step}"))
+        for old in checkpoints(output)[:-2]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator, output):
+    """Takes up the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0."""
+    newest = checkpoints(output)[-1:]
+    step = int(newest[0].name.removeprefix("step_")) if newest else 0
+    if newest:
+        accelerator.load_state(str(newest[0]))
+    if accelerator.is_main_process:
+        for log in output.glob("*.jsonl"):
+            lines = log.read_text(encoding="utf-8").split("\n")[:-1]           # a line that was cut off is no line
+            kept = [line for line in lines if json.loads(line).get("step", json.loads(line).get("update")) <= step]
+            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
+    accelerator.wait_for_everyone()
+    return step
 
 
 def write_lines(path, records):
@@ -320,8 +363,11 @@ def main(args):
     scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    progress = tqdm(total=len(updates), desc="sft", mininterval=1, disable=not accelerator.is_main_process)
-    for update, batch in enumerate(updates, 1):
+    accelerator.register_for_checkpointing(scheduler)
+    first = load_checkpoint(accelerator, output) if args.resume else 0
+    progress = tqdm(total=len(updates), initial=first, desc="sft", mininterval=1,
+                    disable=not accelerator.is_main_process)
+    for update, batch in enumerate(updates[first:], first + 1):
         tokens = sum(len(data[row][1]) for row in batch)                       # response tokens of the whole update
         mine = batch[accelerator.process_index::accelerator.num_processes]
         loss_of_update = torch.zeros((), device=accelerator.device)
@@ -349,6 +395,8 @@ def main(args):
             progress.set_postfix(loss=f"{record['loss']:.3f}")
             if accelerator.is_main_process:
                 write_lines(output / "metrics.jsonl", [record])
+        if args.save_steps and update % args.save_steps == 0 and update < len(updates):
+            save_checkpoint(accelerator, output, update)
     progress.close()
     save_run(accelerator, model, tokenizer, output,
              f"# SFT model\n\n`{args.model}` fine-tuned on {len(data)} rows of `{args.data}`, {args.epochs} epochs. "

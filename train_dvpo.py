@@ -60,6 +60,8 @@ class Args:
     micro_batch_size: int = HfArg(default=32, help="most rollouts per forward pass and process")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours; released code: none)")
     sample_every: int = HfArg(default=15, help="steps between two printed samples")
+    save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
@@ -85,7 +87,7 @@ def parse_args(cls, argv):
 def check_numbers(args):
     """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
     for name, value in vars(args).items():
-        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs") else 1
+        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs", "save_steps") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             fail(f"--{name} {value}: it has to be finite and at least {least}")
 
@@ -298,9 +300,10 @@ def last_token(is_response):
 
 # ---- 4. Rollouts and scores ----
 @torch.no_grad()
-def rollout(policy, tokenizer, prompts, max_response_length):
+def rollout(policy, tokenizer, prompts, max_response_length, greedy=False):
     """Samples one response to each prompt from pi_theta exactly. prompts: list of id lists. Returns a list of id lists.
 
+    greedy  takes the likeliest token each time instead: ReMax's baseline, never what the policy learns from
     A response ends with EOS, unless it was cut at max_response_length. It stays token ids: decoded and encoded again,
     it could be split into other tokens than the policy chose.
     """
@@ -310,7 +313,7 @@ def rollout(policy, tokenizer, prompts, max_response_length):
     # generate() fills what a GenerationConfig leaves open from the model's own (top_k = 50, a repetition penalty, ...).
     # Then pi_theta is not what is sampled, and the KL estimate goes negative. So the model's own is set aside.
     own, policy.generation_config = policy.generation_config, GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
+        do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     try:
         written = policy.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
@@ -381,33 +384,74 @@ def load(auto_class, name, kind=None, **kwargs):
     except Exception as problem:                              # transformers, safetensors and the hub have many kinds
         reason = (str(problem).strip() or repr(problem)).splitlines()[0]
         fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
-    new_head = kind == "policy" and "TokenClassification" in auto_class.__name__
+    new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
 def start_run(accelerator, args):
     """Makes the run folder and writes args.json. What is in the folder already is only replaced with --overwrite, and
-    only if it is a run, and none of this run's own inputs."""
-    output = Path(args.output)
-    inputs = {name: getattr(args, name) for name in ("model", "gvm", "data") if hasattr(args, name)}
+    only if it is a run, and none of this run's own inputs; with --resume it has to be this very run, unfinished."""
+    output, inputs = Path(args.output), ("model", "gvm", "reward_model", "data")
     if accelerator.is_main_process:
         if output.is_file():
             fail(f"{output}: is a file. Choose another --output")
-        for name, value in inputs.items():
-            if Path(value).resolve().is_relative_to(output.resolve()):
-                fail(f"{output}: holds --{name} {value}, which this run reads. Choose another --output")
+        for name in inputs:
+            if hasattr(args, name) and Path(getattr(args, name)).resolve().is_relative_to(output.resolve()):
+                fail(f"{output}: holds --{name} {getattr(args, name)}, which this run reads. Choose another --output")
         if output.exists() and any(output.iterdir()):
-            if not args.overwrite:
-                fail(f"{output}: holds another run. Choose another --output, or pass --overwrite to replace it")
+            if not (args.overwrite or args.resume):
+                fail(f"{output}: holds another run. Choose another --output, or pass --resume or --overwrite")
             if not (output / "args.json").is_file():
-                fail(f"{output}: is not a run folder (no args.json), so --overwrite will not delete it")
-            print(f"{output}: replacing the run that was here")
-            shutil.rmtree(output)
+                fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
+            if args.resume:
+                was = json.loads((output / "args.json").read_text())
+                changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
+                           if name not in ("overwrite", "resume", "save_steps") and was.get(name) != value]
+                if changed or any(output.glob("*.safetensors")):
+                    fail(f"{output}: " + (f"was started with {changed[0]}" if changed else "is finished") +
+                         ", so there is nothing to resume. Choose another --output")
+            else:
+                print(f"{output}: replacing the run that was here")
+                shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     accelerator.wait_for_everyone()
     return output
+
+
+def checkpoints(output):
+    """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
+    return sorted(output.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def save_checkpoint(accelerator, output, step):
+    """Everything that the rest of the run depends on: weights, optimizer, scheduler, every process's random numbers.
+    (Which rows come next is a function of seed and step.) The newest two are kept."""
+    unfinished = output / "checkpoints" / f".step_{step}"
+    accelerator.save_state(str(unfinished))                                    # every process takes part
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        unfinished.rename(unfinished.with_name(f"step_{step}"))
+        for old in checkpoints(output)[:-2]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator, output):
+    """Takes up the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0."""
+    newest = checkpoints(output)[-1:]
+    step = int(newest[0].name.removeprefix("step_")) if newest else 0
+    if newest:
+        accelerator.load_state(str(newest[0]))
+    if accelerator.is_main_process:
+        for log in output.glob("*.jsonl"):
+            lines = log.read_text(encoding="utf-8").split("\n")[:-1]           # a line that was cut off is no line
+            kept = [line for line in lines if json.loads(line).get("step", json.loads(line).get("update")) <= step]
+            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
+    accelerator.wait_for_everyone()
+    return step
 
 
 def write_lines(path, records):
@@ -527,15 +571,17 @@ def main(args):
     if args.max_prompt_length + args.max_response_length > context:
         fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
     output = start_run(accelerator, args)
-    for model in (reference, gvm):
-        model.requires_grad_(False).to(accelerator.device)             # frozen: neither gradient nor optimizer
+    for frozen in (reference, gvm):
+        frozen.requires_grad_(False).to(accelerator.device)            # frozen: neither gradient nor optimizer
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     epochs = math.ceil(args.steps / (len(data) // args.batch_size))
     batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
 
-    progress = tqdm(total=args.steps, desc="dvpo", mininterval=1, disable=not accelerator.is_main_process)
-    for step, batch in enumerate(batches, 1):
+    first = load_checkpoint(accelerator, output) if args.resume else 0
+    progress = tqdm(total=args.steps, initial=first, desc="dvpo", mininterval=1,
+                    disable=not accelerator.is_main_process)
+    for step, batch in enumerate(batches[first:], first + 1):
         clock = [time.time()]
         mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
         questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
@@ -589,8 +635,10 @@ def main(args):
             write_lines(output / "metrics.jsonl", [record])
             write_lines(output / "rollouts.jsonl", samples)
         if accelerator.is_main_process and step % args.sample_every == 0:
-            progress.write("\n".join(f"{step:5} {sample['value']:+.2f}  {sample['prompt']}\n{'':12}{sample['response']}"
-                                     for sample in samples[:3]))
+            progress.write("\n".join(f"{step:5} {it['value']:+.2f}  {it['prompt']}\n{'':12}{it['response']}"
+                                     for it in samples[:3]))
+        if args.save_steps and step % args.save_steps == 0 and step < args.steps:
+            save_checkpoint(accelerator, output, step)
     progress.close()
     save_run(accelerator, policy, tokenizer, output,
              f"# DVPO policy\n\n`{args.model}` aligned by the frozen value model `{args.gvm}` on prompts of "

@@ -1,0 +1,552 @@
+"""Baseline: ReMax. A reward model, no critic: the score of the greedy answer to the same prompt is the baseline.
+
+    python baselines/remax.py                                             # Atlas, on a laptop
+    accelerate launch baselines/remax.py --kl_coef 0.05
+
+Li et al. (2023): REINFORCE. Every prompt is answered twice, by sampling and greedily. The sampled answer learns with
+the difference of the two scores, in one update per batch: no ratio, no clipping. The published code samples with
+top_p 0.9 and scores with the whole softmax; here what is sampled is what is scored.
+
+Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | padding].
+Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
+Where    logp[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t).
+"""
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object, set_seed
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          GenerationConfig, HfArgumentParser)
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
+
+
+# ---- 1. Arguments: "paper" is Appendix C, "ours" is chosen for Atlas on a laptop ----
+@dataclass
+class Args:
+    model: str = HfArg(default="runs/atlas/sft", help="SFT model: the policy's start and the reference")
+    reward_model: str = HfArg(default="runs/atlas/reward_model", help="output of baselines/reward_model.py")
+    data: str = HfArg(default="runs/atlas/data", help="data folder with rl.jsonl, or hub data set with prompts")
+    output: str = HfArg(default="runs/atlas/remax", help="run folder to write")
+    overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
+    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
+    kl_coef: float = HfArg(default=0.05, help="beta of the KL penalty (paper: 0.05)")
+    truncated: Literal["keep", "mask", "penalise"] = HfArg(default="keep", help="responses cut at the length limit: "
+                                                           "as they are; left out; 1 off the reward")   # DEVIATION 10
+    max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
+    max_response_length: int = HfArg(default=64, help="tokens after which a response is cut (paper: 1024)")
+    lr: float = HfArg(default=2e-4, help="learning rate, constant (paper: 2e-6)")
+    steps: int = HfArg(default=50, help="batches of rollouts")
+    batch_size: int = HfArg(default=64, help="rollouts per step and update, over all processes (paper: 8)")
+    micro_batch_size: int = HfArg(default=32, help="most rollouts per forward pass and process")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours; released code: none)")
+    sample_every: int = HfArg(default=15, help="steps between two printed samples")
+    save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
+    seed: int = HfArg(default=1, help="seed of everything random")
+
+
+def fail(message):
+    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def parse_args(cls, argv):
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
+    parser = HfArgumentParser(cls)
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def check_numbers(args):
+    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
+    for name, value in vars(args).items():
+        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs", "save_steps") else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value}: it has to be finite and at least {least}")
+
+
+# ---- 2. Data ----
+def row_problem(row, fields):
+    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name, kind in fields.items():
+        value = row.get(name)
+        text = isinstance(value, str) and bool(value.strip())
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
+                                                         isinstance(m.get("content"), str) for m in value)
+        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
+        if value is None:
+            return f'no field "{name}"'
+        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
+            return f'"{name}" is not a finite number: {value!r}'
+        if kind == "text" and not text:
+            return f'"{name}" is empty or not a string'
+        if kind == "prompt" and not (text or chat):
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
+    same = "chosen" in fields and row["chosen"] == row["rejected"]
+    return '"chosen" and "rejected" are the same text' if same else None
+
+
+def read_rows(data, split, fields, bad_rows="error"):
+    """The rows of data/split.jsonl, each checked by row_problem. Returns a list of dicts, never empty.
+
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
+              split "test" is read where a "test_*" file is asked for, else "train"
+    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
+    """
+    path = Path(data) / f"{split}.jsonl"
+    if path.is_file():
+        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
+    elif Path(data).exists() or str(data).count("/") != 1:
+        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
+    else:
+        import datasets
+        try:
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test") else "train")
+        except Exception as problem:
+            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
+    rows, skipped = [], 0
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            row = json.loads(line) if isinstance(line, bytes) else line
+            json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
+            problem = row_problem(row, fields)
+        except (ValueError, OverflowError, RecursionError) as error:
+            problem = f"invalid JSON ({error})"
+        if problem and bad_rows == "error":
+            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+        skipped += bool(problem)
+        rows += [] if problem else [row]
+    if skipped:
+        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
+    return rows or fail(f"{path}: no usable row")
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
+
+    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def collate(sequences, pad_id, device):
+    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+
+    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
+    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+    position = torch.arange(longest)                                                               # (T,)
+    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+
+
+def update_order(n, batch_size, epochs, seed):
+    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
+
+    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
+    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
+    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
+    return torch.cat(orders).view(-1, batch_size)
+
+
+# ---- 3. Loss: REINFORCE with a greedy baseline ----
+def kl_reward(logp_old, logp_ref, is_response, kl_coef):
+    """r^KL_t = -beta * (log pi_old(a_t|s_t) - log pi_ref(a_t|s_t)), the k1 estimate of the KL penalty. All (B, T)."""
+    return torch.where(is_response, -kl_coef * (logp_old - logp_ref), 0.0)
+
+
+def remax_advantage(score, score_greedy, reward_kl, is_response):
+    """A_t = r^KL_t + r(x, y) - r(x, y_greedy): the KL term is the token's own, the difference is the whole answer's.
+
+    score, score_greedy (B,) float; reward_kl (B, T) float; is_response (B, T) bool. Returns (B, T), 0 off the mask.
+    """
+    return torch.where(is_response, reward_kl + (score - score_greedy)[:, None], 0.0)
+
+
+def remax_loss(logp, advantage, is_response):
+    """REINFORCE, -E[A_t * log pi_theta(a_t|s_t)]: its gradient is minus the policy gradient, its value means nothing.
+
+    logp (B, T) float, with gradient; advantage (B, T) float, a constant; is_response (B, T) bool.
+    Returns the mean over the batch's response tokens, a scalar.
+    """
+    assert logp.shape == advantage.shape == is_response.shape and is_response.dtype == torch.bool
+    return -torch.where(is_response, advantage * logp, 0.0).sum() / is_response.sum().clamp(min=1)
+
+
+def last_token(is_response):
+    """True at each row's last response token: (B, T) bool -> (B, T) bool."""
+    return is_response & ~torch.nn.functional.pad(is_response[:, 1:], (0, 1))
+
+
+# ---- 4. Rollouts and scores ----
+@torch.no_grad()
+def rollout(policy, tokenizer, prompts, max_response_length, greedy=False):
+    """Samples one response to each prompt from pi_theta exactly. prompts: list of id lists. Returns a list of id lists.
+
+    greedy  takes the likeliest token each time instead: ReMax's baseline, never what the policy learns from
+    A response ends with EOS, unless it was cut at max_response_length. It stays token ids: decoded and encoded again,
+    it could be split into other tokens than the policy chose.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
+    is_token = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=policy.device)
+    # generate() fills what a GenerationConfig leaves open from the model's own (top_k = 50, a repetition penalty, ...).
+    # Then pi_theta is not what is sampled, and the KL estimate goes negative. So the model's own is set aside.
+    own, policy.generation_config = policy.generation_config, GenerationConfig(
+        do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    try:
+        written = policy.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
+    finally:
+        policy.generation_config = own
+    # Up to the first EOS: what stands behind it is padding, also where pad and EOS are the same token.
+    return [row[:row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in written]
+
+
+def token_logp(model, ids, is_token):
+    """log pi(a_t | s_t) of every token, at the token's own position: (B, T) float, 0 at position 0."""
+    logits = model(input_ids=ids, attention_mask=is_token).logits[:, :-1].float()                  # (B, T-1, V)
+    logp = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return torch.nn.functional.pad(logp, (1, 0))
+
+
+def value_head(model):
+    """The linear layer hidden -> 1, whatever the architecture calls it."""
+    return getattr(model, "score", None) or model.classifier
+
+
+def response_reward(reward_model, ids, is_token, is_response):
+    """r(x, y), the reward model's score at the last response token: (B,) float, in deviations of its training scores.
+
+    The head is applied by hand: the model's own forward looks for the last token that is not padding, and takes the one
+    before EOS where pad and EOS are the same token.
+    """
+    hidden = reward_model.base_model(input_ids=ids, attention_mask=is_token).last_hidden_state     # (B, T, hidden)
+    score = value_head(reward_model)(hidden).squeeze(-1).float()                                   # (B, T)
+    mean, std = score_scale(reward_model)
+    return torch.where(last_token(is_response), (score - mean) / std, 0.0).sum(-1)
+
+
+def score_scale(reward_model):
+    """(mean, standard deviation) of the reward model's scores in its training; (0, 1) for one that does not say."""
+    scale = getattr(reward_model.config, "reward_model", None) or {"reward_mean": 0.0, "reward_std": 1.0}
+    return scale["reward_mean"], scale["reward_std"]
+
+
+@torch.no_grad()
+def score_rollouts(policy, reference, reward_model, sequences, greedy, args, pad_id):
+    """log pi_theta and log pi_ref of every sampled token, and the scores of both answers; each model once per answer.
+
+    sequences, greedy   [(prompt ids, response ids)]: the sampled and the greedy answers
+    Returns ids, is_token, is_response, logp_old, logp_ref, each (B, T), of the sampled; score, score_greedy (B,).
+    """
+    ids, is_token, is_response = collate(sequences, pad_id, reference.device)
+    greedy_ids, greedy_is_token, greedy_is_response = collate(greedy, pad_id, reference.device)
+    parts = []
+    for rows in torch.arange(len(sequences)).split(args.micro_batch_size):
+        parts.append((token_logp(policy, ids[rows], is_token[rows]), token_logp(reference, ids[rows], is_token[rows]),
+                      response_reward(reward_model, ids[rows], is_token[rows], is_response[rows]),
+                      response_reward(reward_model, greedy_ids[rows], greedy_is_token[rows], greedy_is_response[rows])))
+    return ids, is_token, is_response, *(torch.cat(part) for part in zip(*parts))
+
+
+# ---- 5. Run folder ----
+def load(auto_class, name, kind=None, **kwargs):
+    """auto_class.from_pretrained(name), with one clear line where that cannot work.
+
+    kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
+          a fresh, random head.
+    """
+    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    transformers_logging.disable_progress_bar()
+    folder = Path(name)
+    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
+    if local and not any(folder.glob("*config.json")):
+        fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
+    try:
+        made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
+        is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+        if kind and is_value != (kind == "value"):
+            fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        if not kind:
+            return auto_class.from_pretrained(name, **kwargs)
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as problem:                              # transformers, safetensors and the hub have many kinds
+        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+    new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
+    missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
+
+
+def start_run(accelerator, args):
+    """Makes the run folder and writes args.json. What is in the folder already is only replaced with --overwrite, and
+    only if it is a run, and none of this run's own inputs; with --resume it has to be this very run, unfinished."""
+    output, inputs = Path(args.output), ("model", "gvm", "reward_model", "data")
+    if accelerator.is_main_process:
+        if output.is_file():
+            fail(f"{output}: is a file. Choose another --output")
+        for name in inputs:
+            if hasattr(args, name) and Path(getattr(args, name)).resolve().is_relative_to(output.resolve()):
+                fail(f"{output}: holds --{name} {getattr(args, name)}, which this run reads. Choose another --output")
+        if output.exists() and any(output.iterdir()):
+            if not (args.overwrite or args.resume):
+                fail(f"{output}: holds another run. Choose another --output, or pass --resume or --overwrite")
+            if not (output / "args.json").is_file():
+                fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
+            if args.resume:
+                was = json.loads((output / "args.json").read_text())
+                changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
+                           if name not in ("overwrite", "resume", "save_steps") and was.get(name) != value]
+                if changed or any(output.glob("*.safetensors")):
+                    fail(f"{output}: " + (f"was started with {changed[0]}" if changed else "is finished") +
+                         ", so there is nothing to resume. Choose another --output")
+            else:
+                print(f"{output}: replacing the run that was here")
+                shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return output
+
+
+def checkpoints(output):
+    """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
+    return sorted(output.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def save_checkpoint(accelerator, output, step):
+    """Everything that the rest of the run depends on: weights, optimizer, scheduler, every process's random numbers.
+    (Which rows come next is a function of seed and step.) The newest two are kept."""
+    unfinished = output / "checkpoints" / f".step_{step}"
+    accelerator.save_state(str(unfinished))                                    # every process takes part
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        unfinished.rename(unfinished.with_name(f"step_{step}"))
+        for old in checkpoints(output)[:-2]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator, output):
+    """Takes up the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0."""
+    newest = checkpoints(output)[-1:]
+    step = int(newest[0].name.removeprefix("step_")) if newest else 0
+    if newest:
+        accelerator.load_state(str(newest[0]))
+    if accelerator.is_main_process:
+        for log in output.glob("*.jsonl"):
+            lines = log.read_text(encoding="utf-8").split("\n")[:-1]           # a line that was cut off is no line
+            kept = [line for line in lines if json.loads(line).get("step", json.loads(line).get("update")) <= step]
+            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
+    accelerator.wait_for_everyone()
+    return step
+
+
+def write_lines(path, records):
+    """Appends JSON lines: metrics.jsonl, rollouts.jsonl."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def save_run(accelerator, model, tokenizer, output, card):
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+    state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
+        tokenizer.save_pretrained(saving)
+        (saving / "README.md").write_text(f"{card}\n\nMade by `python {' '.join(sys.argv)}`. Settings: args.json. Log: "
+                                          f"metrics.jsonl.\n")
+        for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
+            os.replace(file, Path(output) / file.name)
+        saving.rmdir()
+    accelerator.wait_for_everyone()
+
+
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+    """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
+    if not math.isfinite(grad_norm):
+        saved = Path(output) / "checkpoints" / "before_nan"
+        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
+        fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
+
+
+# ---- 6. Training ----
+def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
+    """One update with one batch of rollouts: on-policy, so every rollout is used once.
+
+    batch        (ids, is_token, is_response, logp_old, advantage), each (B, T): this process's rollouts
+    stop_if_bad  is called with the gradient norm before the update
+    Returns {metric: float}, over all processes (docs/metrics.md).
+    """
+    ids, is_token, is_response, logp_old, advantage = batch
+    tokens = accelerator.reduce(is_response.sum()).clamp(min=1)                # response tokens of the global batch
+    ratio_error, total = 0.0, torch.zeros((), device=ids.device)
+    for micro in torch.arange(len(ids)).split(args.micro_batch_size):
+        with accelerator.accumulate(policy):
+            logp = token_logp(policy, ids[micro], is_token[micro])                                 # (micro, T)
+            # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
+            # undone here, so that a token of the batch weighs the same wherever it falls.                # DEVIATION 9
+            loss = remax_loss(logp, advantage[micro], is_response[micro]) * is_response[micro].sum() / tokens
+            accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+        log_ratio = torch.where(is_response[micro], logp.detach() - logp_old[micro], 0.0)
+        ratio_error = max(ratio_error, (log_ratio.exp() - 1).abs().max().item())
+        total += loss.detach()
+    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
+    stop_if_bad(grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"loss": accelerator.reduce(total).item(), "grad_norm": grad_norm, "ratio_error": ratio_error}
+
+
+def accumulation_steps(args):
+    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
+    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
+    processes = PartialState().num_processes
+    if args.batch_size < 1 or args.batch_size % processes:
+        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
+    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.batch_size // (args.micro_batch_size * processes)
+
+
+def main(args):
+    started = time.time()
+    check_numbers(args)
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
+    set_seed(args.seed, device_specific=True)
+    tokenizer = load(AutoTokenizer, args.model)
+    rm_tokenizer = load(AutoTokenizer, args.reward_model)
+    if (tokenizer.get_vocab(), tokenizer.chat_template) != (rm_tokenizer.get_vocab(), rm_tokenizer.chat_template):
+        fail(f"{args.reward_model}: its tokenizer or chat template is not that of {args.model}. A reward model reads "
+             f"the policy's own tokens: train it from this SFT model")
+    if tokenizer.chat_template is None:
+        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    prompts = [row["prompt"] for row in read_rows(args.data, "rl", {"prompt": "prompt"}, args.bad_rows)]
+    data = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    data = [(prompt, ids) for prompt, ids in data if len(ids) <= args.max_prompt_length]
+    accelerator.print(f"{len(data)} prompts; {len(prompts) - len(data)} longer than {args.max_prompt_length} dropped")
+    if len(data) < args.batch_size:
+        fail(f"{args.data}: {len(data)} usable prompts do not fill one batch: lower --batch_size {args.batch_size}, or "
+             f"raise --max_prompt_length {args.max_prompt_length}")
+
+    # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
+    policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
+    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
+    reward_model = load(AutoModelForSequenceClassification, args.reward_model, kind="value", dtype=torch.float32).eval()
+    context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, reward_model))
+    if args.max_prompt_length + args.max_response_length > context:
+        fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
+    output = start_run(accelerator, args)
+    for frozen in (reference, reward_model):
+        frozen.requires_grad_(False).to(accelerator.device)            # frozen: neither gradient nor optimizer
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    policy, optimizer = accelerator.prepare(policy, optimizer)
+    epochs = math.ceil(args.steps / (len(data) // args.batch_size))
+    batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
+
+    first = load_checkpoint(accelerator, output) if args.resume else 0
+    progress = tqdm(total=args.steps, initial=first, desc="remax", mininterval=1,
+                    disable=not accelerator.is_main_process)
+    for step, batch in enumerate(batches[first:], first + 1):
+        clock = [time.time()]
+        mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
+        questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
+        responses = rollout(accelerator.unwrap_model(policy), tokenizer, prompt_ids, args.max_response_length)
+        best = rollout(accelerator.unwrap_model(policy), tokenizer, prompt_ids, args.max_response_length, greedy=True)
+        clock.append(time.time())
+
+        sequences = list(zip(prompt_ids, responses))
+        with accelerator.autocast():                                   # all three models in the update's precision
+            ids, is_token, is_response, logp_old, logp_ref, score, score_greedy = score_rollouts(
+                accelerator.unwrap_model(policy), reference, reward_model, sequences, list(zip(prompt_ids, best)), args,
+                tokenizer.pad_token_id)
+        if not (score - score_greedy).isfinite().all():
+            row = (score - score_greedy).isfinite().logical_not().nonzero()[0].item()
+            fail(f"step {step}: {args.reward_model} gives {score[row].item()} and {score_greedy[row].item()} to the "
+                 f"answers to {questions[row]!r:.80}")
+        ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in responses], device=ids.device)[:, None]
+        reward = score
+        if args.truncated == "penalise":
+            reward = reward - (~ended.squeeze(-1)).float()
+        advantage = remax_advantage(reward, score_greedy, kl_reward(logp_old, logp_ref, is_response, args.kl_coef),
+                                    is_response)
+        learned = is_response & ended if args.truncated == "mask" else is_response
+        clock.append(time.time())
+
+        metrics = improve(accelerator, policy, optimizer, (ids, is_token, learned, logp_old, advantage), args,
+                          lambda grad_norm: stop_if_not_finite(accelerator, policy, tokenizer, output, grad_norm,
+                                                               f"step {step}, rows {batch.tolist()}"))
+        clock.append(time.time())
+        if metrics["ratio_error"] > (1e-3 if accelerator.mixed_precision == "no" else 0.1):
+            fail(f"step {step}: the ratio differs from 1 by {metrics['ratio_error']:.2g} before the update: log "
+                 f"pi_old and log pi_theta are not computed alike (dropout? another precision?)")
+        record = {"step": step} | metrics
+        per_response = {
+            "reward": score * score_scale(reward_model)[1] + score_scale(reward_model)[0],
+            "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
+            "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
+            "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
+        record |= {name: (accelerator.reduce(x.sum()) / args.batch_size).item() for name, x in per_response.items()}
+        record |= {f"seconds_{part}": clock[i + 1] - clock[i] for i, part in enumerate(("generate", "score", "update"))}
+        record["seconds"] = time.time() - started
+        samples = gather_object([
+            {"step": step, "prompt": question, "response": tokenizer.decode(response, skip_special_tokens=True),
+             "reward": round(score, 4), "kl": round(kl, 4)} for question, response, score, kl
+            in zip(questions, responses, per_response["reward"].tolist(), per_response["kl"].tolist())])
+        progress.update()
+        progress.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "kl", "response_length")})
+        if accelerator.is_main_process:
+            write_lines(output / "metrics.jsonl", [record])
+            write_lines(output / "rollouts.jsonl", samples)
+        if accelerator.is_main_process and step % args.sample_every == 0:
+            progress.write("\n".join(f"{step:5} {it['reward']:+.2f}  {it['prompt']}\n{'':12}{it['response']}"
+                                     for it in samples[:3]))
+        if args.save_steps and step % args.save_steps == 0 and step < args.steps:
+            save_checkpoint(accelerator, output, step)
+    progress.close()
+    save_run(accelerator, policy, tokenizer, output,
+             f"# ReMax policy\n\n`{args.model}` aligned by the reward model `{args.reward_model}` on prompts of "
+             f"`{args.data}`: {args.steps} steps of {args.batch_size} rollouts. Last step: reward "
+             f"{record['reward']:.3f}, KL to the reference {record['kl']:.2f} nats per response.\n\n"
+             f"    model = AutoModelForCausalLM.from_pretrained({args.output!r})")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, sys.argv[1:]))

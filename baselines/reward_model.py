@@ -1,0 +1,459 @@
+"""Baseline: the scalar reward model (ScalarRM), which PPO, GRPO and ReMax need and DVPO does not.
+
+    python baselines/reward_model.py                                      # Atlas, on a laptop
+    accelerate launch baselines/reward_model.py --data ORG/PAIRS --lr 2e-5
+
+Bradley and Terry (1952), as in RLHF (Ouyang et al., 2022): the chosen answer of a pair is to have the higher score. A
+stock AutoModelForSequenceClassification: a linear layer reads one number at the last response token.
+
+Shapes   B pairs, so 2B rows: chosen, rejected, chosen, rejected, ... T tokens of the longest row.
+         Rows are [prompt | response | padding].
+Masks    is_token (2B, T) no padding; is_response (2B, T) tokens of the answer, EOS included.
+"""
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.utils import set_seed
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser,
+                          get_scheduler)
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
+
+
+# ---- 1. Arguments: "paper" is Appendix C, "ours" is chosen for Atlas on a laptop ----
+@dataclass
+class Args:
+    model: str = HfArg(default="runs/atlas/sft", help="where the reward model starts: the SFT checkpoint")
+    data: str = HfArg(default="runs/atlas/data", help="data folder with pairs.jsonl, or hub data set")
+    output: str = HfArg(default="runs/atlas/reward_model", help="run folder to write")
+    overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
+    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
+    max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped (ours)")
+    lr: float = HfArg(default=5e-4, help="peak learning rate, then linear decay (paper: 2e-5)")
+    warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the linear decay (ours)")
+    epochs: int = HfArg(default=4, help="passes over the data (paper: 2)")
+    batch_size: int = HfArg(default=16, help="pairs per update, over all processes (paper: 4)")
+    micro_batch_size: int = HfArg(default=16, help="most pairs per forward pass and process; the rest accumulates")
+    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
+    eval_every: int = HfArg(default=500, help="updates between two evaluations on test_pairs.jsonl")
+    log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
+    save_steps: int = HfArg(default=0, help="updates between two checkpoints, of which two are kept; 0: none")
+    resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
+    seed: int = HfArg(default=1, help="seed of everything random")
+
+
+def fail(message):
+    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
+    raise SystemExit(f"error: {message}")
+
+
+def parse_args(cls, argv):
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
+    parser = HfArgumentParser(cls)
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
+        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def check_numbers(args):
+    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
+    for name, value in vars(args).items():
+        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs", "save_steps") else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name} {value}: it has to be finite and at least {least}")
+
+
+# ---- 2. Data ----
+def row_problem(row, fields):
+    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name, kind in fields.items():
+        value = row.get(name)
+        text = isinstance(value, str) and bool(value.strip())
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
+                                                         isinstance(m.get("content"), str) for m in value)
+        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
+        if value is None:
+            return f'no field "{name}"'
+        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
+            return f'"{name}" is not a finite number: {value!r}'
+        if kind == "text" and not text:
+            return f'"{name}" is empty or not a string'
+        if kind == "prompt" and not (text or chat):
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
+    same = "chosen" in fields and row["chosen"] == row["rejected"]
+    return '"chosen" and "rejected" are the same text' if same else None
+
+
+def read_rows(data, split, fields, bad_rows="error"):
+    """The rows of data/split.jsonl, each checked by row_problem. Returns a list of dicts, never empty.
+
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
+              split "test" is read where a "test_*" file is asked for, else "train"
+    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
+    """
+    path = Path(data) / f"{split}.jsonl"
+    if path.is_file():
+        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
+    elif Path(data).exists() or str(data).count("/") != 1:
+        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
+    else:
+        import datasets
+        try:
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test") else "train")
+        except Exception as problem:
+            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
+    rows, skipped = [], 0
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            row = json.loads(line) if isinstance(line, bytes) else line
+            json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
+            problem = row_problem(row, fields)
+        except (ValueError, OverflowError, RecursionError) as error:
+            problem = f"invalid JSON ({error})"
+        if problem and bad_rows == "error":
+            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+        skipped += bool(problem)
+        rows += [] if problem else [row]
+    if skipped:
+        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
+    return rows or fail(f"{path}: no usable row")
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
+
+    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
+def encode_response(tokenizer, response):
+    """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
+    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids + [tokenizer.eos_token_id]
+
+
+def collate(sequences, pad_id, device):
+    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+
+    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
+    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+    position = torch.arange(longest)                                                               # (T,)
+    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+
+
+def update_order(n, batch_size, epochs, seed):
+    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
+
+    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
+    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
+    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
+    return torch.cat(orders).view(-1, batch_size)
+
+
+def read_pairs(args, tokenizer, split):
+    """data/split.jsonl -> ([(prompt ids, chosen ids), (prompt ids, rejected ids), ...], number of pairs dropped).
+
+    The two answers of a pair stand next to each other. A pair with a row longer than max_length is dropped whole; so
+    is, with --bad_rows skip, one whose answers are the same tokens: its gradient would be zero.
+    """
+    fields = {"prompt": "prompt", "chosen": "text", "rejected": "text"}
+    rows, kept = read_rows(args.data, split, fields, args.bad_rows), []
+    for row in rows:
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
+        if chosen == rejected and args.bad_rows == "error":
+            fail(f"{args.data}, {split}: {row['chosen']!r:.60} and {row['rejected']!r:.60} are the same tokens. Mend "
+                 f"the row, or pass --bad_rows skip")
+        if chosen != rejected and len(prompt) + max(len(chosen), len(rejected)) <= args.max_length:
+            kept += [(prompt, chosen), (prompt, rejected)]
+    return kept, len(rows) - len(kept) // 2
+
+
+# ---- 3. Loss: Bradley-Terry ----
+def bradley_terry_loss(chosen, rejected):
+    """-log P(chosen is better), with P = sigmoid(r(x, y_chosen) - r(x, y_rejected)). (B,) and (B,) float -> scalar,
+    the mean over the pairs. Only differences of scores are learned: their zero and their scale are arbitrary."""
+    assert chosen.shape == rejected.shape and chosen.dim() == 1
+    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+# ---- 4. Measuring: pair accuracy, and the scale of the scores ----
+@torch.no_grad()
+def sequence_scores(model, sequences, batch_size, pad_id):
+    """The scores of N (prompt ids, response ids): (N,) float."""
+    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
+    parts = []
+    for start in range(0, len(order), batch_size):
+        ids, is_token, _ = collate([sequences[row] for row in order[start:start + batch_size]], pad_id, model.device)
+        parts.append(model(input_ids=ids, attention_mask=is_token).logits.squeeze(-1).float().cpu())
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def value_head(model):
+    """The linear layer hidden -> 1, whatever the architecture calls it."""
+    return getattr(model, "score", None) or model.classifier
+
+
+def pair_accuracy(chosen, rejected):
+    """Share of pairs in which the better answer has the higher score; a tie counts half. (N,) and (N,) -> float."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+
+
+# ---- 5. Run folder ----
+def load(auto_class, name, kind=None, **kwargs):
+    """auto_class.from_pretrained(name), with one clear line where that cannot work.
+
+    kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
+          a fresh, random head.
+    """
+    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    transformers_logging.disable_progress_bar()
+    folder = Path(name)
+    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
+    if local and not any(folder.glob("*config.json")):
+        fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
+    try:
+        made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
+        is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
+        if kind and is_value != (kind == "value"):
+            fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
+        if not kind:
+            return auto_class.from_pretrained(name, **kwargs)
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    except Exception as problem:                              # transformers, safetensors and the hub have many kinds
+        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+    new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
+    missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
+
+
+def start_run(accelerator, args):
+    """Makes the run folder and writes args.json. What is in the folder already is only replaced with --overwrite, and
+    only if it is a run, and none of this run's own inputs; with --resume it has to be this very run, unfinished."""
+    output, inputs = Path(args.output), ("model", "gvm", "reward_model", "data")
+    if accelerator.is_main_process:
+        if output.is_file():
+            fail(f"{output}: is a file. Choose another --output")
+        for name in inputs:
+            if hasattr(args, name) and Path(getattr(args, name)).resolve().is_relative_to(output.resolve()):
+                fail(f"{output}: holds --{name} {getattr(args, name)}, which this run reads. Choose another --output")
+        if output.exists() and any(output.iterdir()):
+            if not (args.overwrite or args.resume):
+                fail(f"{output}: holds another run. Choose another --output, or pass --resume or --overwrite")
+            if not (output / "args.json").is_file():
+                fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
+            if args.resume:
+                was = json.loads((output / "args.json").read_text())
+                changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
+                           if name not in ("overwrite", "resume", "save_steps") and was.get(name) != value]
+                if changed or any(output.glob("*.safetensors")):
+                    fail(f"{output}: " + (f"was started with {changed[0]}" if changed else "is finished") +
+                         ", so there is nothing to resume. Choose another --output")
+            else:
+                print(f"{output}: replacing the run that was here")
+                shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+    accelerator.wait_for_everyone()
+    return output
+
+
+def checkpoints(output):
+    """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
+    return sorted(output.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+
+
+def save_checkpoint(accelerator, output, step):
+    """Everything that the rest of the run depends on: weights, optimizer, scheduler, every process's random numbers.
+    (Which rows come next is a function of seed and step.) The newest two are kept."""
+    unfinished = output / "checkpoints" / f".step_{step}"
+    accelerator.save_state(str(unfinished))                                    # every process takes part
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        unfinished.rename(unfinished.with_name(f"step_{step}"))
+        for old in checkpoints(output)[:-2]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator, output):
+    """Takes up the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0."""
+    newest = checkpoints(output)[-1:]
+    step = int(newest[0].name.removeprefix("step_")) if newest else 0
+    if newest:
+        accelerator.load_state(str(newest[0]))
+    if accelerator.is_main_process:
+        for log in output.glob("*.jsonl"):
+            lines = log.read_text(encoding="utf-8").split("\n")[:-1]           # a line that was cut off is no line
+            kept = [line for line in lines if json.loads(line).get("step", json.loads(line).get("update")) <= step]
+            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
+    accelerator.wait_for_everyone()
+    return step
+
+
+def write_lines(path, records):
+    """Appends JSON lines: metrics.jsonl, rollouts.jsonl."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def save_run(accelerator, model, tokenizer, output, card):
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+    state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
+        tokenizer.save_pretrained(saving)
+        (saving / "README.md").write_text(f"{card}\n\nMade by `python {' '.join(sys.argv)}`. Settings: args.json. Log: "
+                                          f"metrics.jsonl.\n")
+        for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
+            os.replace(file, Path(output) / file.name)
+        saving.rmdir()
+    accelerator.wait_for_everyone()
+
+
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+    """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
+    if not math.isfinite(grad_norm):
+        saved = Path(output) / "checkpoints" / "before_nan"
+        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
+        fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
+
+
+# ---- 6. Training ----
+def accumulation_steps(args):
+    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
+    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
+    processes = PartialState().num_processes
+    if args.batch_size < 1 or args.batch_size % processes:
+        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
+    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.batch_size // (args.micro_batch_size * processes)
+
+
+def main(args):
+    started = time.time()
+    check_numbers(args)
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
+    set_seed(args.seed)
+    tokenizer = load(AutoTokenizer, args.model)
+    if tokenizer.chat_template is None:
+        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
+    # Stock transformers reads the score at the last token that is not the pad token. If that is EOS, it reads the score
+    # before EOS; any other token will do, since no answer ends with it.
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0 if tokenizer.eos_token_id != 0 else 1)
+        accelerator.print(f"scores are read at EOS, so padding is {tokenizer.pad_token!r} in this model")
+
+    data, dropped = read_pairs(args, tokenizer, "pairs")
+    n = len(data) // 2
+    accelerator.print(f"{n} pairs; {dropped} dropped: longer than {args.max_length} tokens, or of equal answers")
+    if n < args.batch_size:
+        fail(f"{args.data}: {n} pairs do not fill one batch: lower --batch_size {args.batch_size}, or raise "
+             f"--max_length {args.max_length}")
+    pairs = []
+    if not Path(args.data).is_dir() or (Path(args.data) / "test_pairs.jsonl").is_file():
+        pairs, _ = read_pairs(args, tokenizer, "test_pairs")
+    else:
+        accelerator.print(f"{args.data}: no test_pairs.jsonl, so no pair accuracy is measured")
+
+    config = AutoConfig.from_pretrained(args.model, num_labels=1)
+    config.attention_dropout, config.pad_token_id = 0.0, tokenizer.pad_token_id
+    model = load(AutoModelForSequenceClassification, args.model, kind="policy", config=config, dtype=torch.float32)
+    if args.max_length > getattr(config, "max_position_embeddings", math.inf):
+        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
+    for parameter in value_head(model).parameters():
+        torch.nn.init.zeros_(parameter)                                # r = 0 everywhere: no opinion before the data
+    output = start_run(accelerator, args)
+    model.eval()                                                       # dropout off; gradients flow all the same
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    updates = update_order(n, args.batch_size, args.epochs, args.seed)
+    scheduler = get_scheduler("linear", optimizer, min(args.warmup_steps, len(updates)), len(updates))
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    accelerator.register_for_checkpointing(scheduler)
+    first = load_checkpoint(accelerator, output) if args.resume else 0
+    progress = tqdm(total=len(updates), initial=first, desc="reward model", mininterval=1,
+                    disable=not accelerator.is_main_process)
+    for update, batch in enumerate(updates[first:], first + 1):
+        mine = batch[accelerator.process_index::accelerator.num_processes]
+        totals = torch.zeros(2, device=accelerator.device)                     # loss, pairs ranked rightly
+        for micro in mine.split(args.micro_batch_size):
+            sequences = [data[2 * row + side] for row in micro for side in (0, 1)]
+            ids, is_token, _ = collate(sequences, tokenizer.pad_token_id, accelerator.device)
+            with accelerator.accumulate(model):
+                score = model(input_ids=ids, attention_mask=is_token).logits.squeeze(-1).float()   # (2B,)
+                loss = bradley_terry_loss(score[0::2], score[1::2])
+                accelerator.backward(loss)     # its mean over micro-batches and processes: all hold as many pairs
+            totals += torch.stack([loss.detach() * len(micro), (score[0::2] > score[1::2]).sum()])
+        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, pairs {batch.tolist()}")
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+        progress.update()
+        loss, right = (accelerator.reduce(totals) / args.batch_size).tolist()
+        record = {"update": update, "loss": loss, "accuracy": right, "grad_norm": grad_norm,
+                  "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
+        if pairs and (update % args.eval_every == 0 or update == len(updates)):
+            score = sequence_scores(accelerator.unwrap_model(model), pairs, args.micro_batch_size,
+                                    tokenizer.pad_token_id)
+            record["pair_accuracy"] = pair_accuracy(score[0::2], score[1::2])
+            accelerator.print(f"\nheld-out pair accuracy: {record['pair_accuracy']:.3f}")
+        if accelerator.is_main_process and ("pair_accuracy" in record or update % args.log_every == 0):
+            write_lines(output / "metrics.jsonl", [record])
+            progress.set_postfix(loss=f"{record['loss']:.3f}")
+        if args.save_steps and update % args.save_steps == 0 and update < len(updates):
+            save_checkpoint(accelerator, output, update)
+    progress.close()
+    # A Bradley-Terry score has no scale of its own. PPO and ReMax weigh it against a KL penalty, so they need one.
+    model = accelerator.unwrap_model(model)
+    score = sequence_scores(model, data[:2048], args.micro_batch_size, tokenizer.pad_token_id)
+    model.config.reward_model = {"reward_mean": score.mean().item(), "reward_std": score.std(correction=0).item()}
+    save_run(accelerator, model, tokenizer, output,
+             f"# Scalar reward model\n\nBradley-Terry, started from `{args.model}`, trained on {n} pairs of "
+             f"`{args.data}`. Held-out pair accuracy: {record.get('pair_accuracy', 'not measured')}.\n\n"
+             f"    model = AutoModelForSequenceClassification.from_pretrained({args.output!r})\n"
+             f"    score = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)    # (B,)")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, sys.argv[1:]))
