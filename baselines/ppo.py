@@ -262,9 +262,10 @@ def value_loss(value, value_old, returns, is_response, value_clip):
     Returns the mean over the batch's response tokens, a scalar.
     """
     assert value.shape == value_old.shape == returns.shape == is_response.shape and is_response.dtype == torch.bool
+    value, value_old, returns = (torch.where(is_response, x, 0.0) for x in (value, value_old, returns))
     near = value_old + (value - value_old).clamp(-value_clip, value_clip)
     error = torch.maximum((value - returns).square(), (near - returns).square())
-    return 0.5 * torch.where(is_response, error, 0.0).sum() / is_response.sum().clamp(min=1)
+    return 0.5 * error.sum() / is_response.sum().clamp(min=1)
 
 
 def last_token(is_response):

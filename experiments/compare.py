@@ -223,7 +223,7 @@ def table(results, made, commit, steps):
              "The last column: models of 100 million parameters, batches of 10; time per step, and peak memory of the "
              "process.", "",
              "| method | learning rate | oracle score | gain over SFT | win rate over SFT | KL (nats) | length | "
-             "s per step: generate + score + update | 100 M: s per step, MiB |", "|---|---|---|---|---|---|---|---|---|"]
+             "s per step: generate + score + update | 100 M: s per step, MiB |", "|---" * 9 + "|"]
     sft = [seed["SFT"]["oracle"] for seed in seeds.values()]
     lines.append(f"| SFT | | {cell(sft)} | | | 0 | {cell([s['SFT']['length'] for s in seeds.values()], 1)} | | |")
     for method in methods:

@@ -5,13 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")             # tiny models: more threads only wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"                        # no test needs the network
 os.environ["ACCELERATE_USE_CPU"] = "true"                 # and none a GPU
 
+import torch  # noqa: E402
+
 import atlas  # noqa: E402
 import sft  # noqa: E402
+from baselines import dpo, grpo, ppo, remax, reward_model  # noqa: E402
 import train_dvpo  # noqa: E402
 import train_gvm  # noqa: E402
 
@@ -69,6 +72,70 @@ def dvpo_args(world, sft_run, gvm_run):
 def dvpo_run(dvpo_args):
     train_dvpo.main(dvpo_args)
     return Path(dvpo_args.output)
+
+
+@pytest.fixture(scope="session")
+def reward_model_args(world, sft_run):
+    return reward_model.Args(model=str(sft_run), data=str(world / "data"), output=str(world / "reward_model"), epochs=1,
+                             log_every=2, eval_every=5)
+
+
+@pytest.fixture(scope="session")
+def reward_model_run(reward_model_args):
+    reward_model.main(reward_model_args)
+    return Path(reward_model_args.output)
+
+
+@pytest.fixture(scope="session")
+def ppo_args(dvpo_args, reward_model_run, world):
+    return online(ppo, dvpo_args, reward_model_run, world / "ppo")
+
+
+@pytest.fixture(scope="session")
+def ppo_run(ppo_args):
+    ppo.main(ppo_args)
+    return Path(ppo_args.output)
+
+
+@pytest.fixture(scope="session")
+def grpo_args(dvpo_args, reward_model_run, world):
+    return replace(online(grpo, dvpo_args, reward_model_run, world / "grpo"), group_size=4)
+
+
+@pytest.fixture(scope="session")
+def grpo_run(grpo_args):
+    grpo.main(grpo_args)
+    return Path(grpo_args.output)
+
+
+@pytest.fixture(scope="session")
+def remax_args(dvpo_args, reward_model_run, world):
+    return online(remax, dvpo_args, reward_model_run, world / "remax")
+
+
+@pytest.fixture(scope="session")
+def remax_run(remax_args):
+    remax.main(remax_args)
+    return Path(remax_args.output)
+
+
+@pytest.fixture(scope="session")
+def dpo_args(world, sft_run):
+    return dpo.Args(model=str(sft_run), data=str(world / "data"), output=str(world / "dpo"), batch_size=16, log_every=2,
+                    warmup_steps=2)
+
+
+@pytest.fixture(scope="session")
+def dpo_run(dpo_args):
+    dpo.main(dpo_args)
+    return Path(dpo_args.output)
+
+
+def online(script, dvpo_args, reward_model_run, output):
+    """An online baseline's Args with the sizes of dvpo_args."""
+    fields = script.Args.__dataclass_fields__
+    shared = {name: value for name, value in vars(dvpo_args).items() if name in fields}
+    return script.Args(**shared | {"reward_model": str(reward_model_run), "output": str(output)})
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # Names that differ by design: what a script is about, and the few constants that belong to it.
-MAY_DIFFER = {"Args", "main", "accumulation_steps", "scored_rows"}
+MAY_DIFFER = {"Args", "main", "accumulation_steps", "scored_rows", "score_rollouts", "improve"}
 
 
 def scripts():
@@ -52,8 +52,19 @@ def test_names_that_may_differ_do():
 
 def test_training_scripts_have_the_same_sections():
     headings = {}
-    for name in ("sft.py", "train_gvm.py", "train_dvpo.py"):
-        lines = (ROOT / name).read_text().splitlines()
-        headings[name] = [line.split()[2] for line in lines if line.startswith("# ---- ")]
-    assert headings["train_gvm.py"] == headings["train_dvpo.py"] == ["1.", "2.", "3.", "4.", "5.", "6."]
-    assert headings["sft.py"] == ["1.", "2.", "3.", "5.", "6."]               # nothing to measure but the loss
+    for path in [ROOT / "train_gvm.py", ROOT / "train_dvpo.py", *ROOT.glob("baselines/*.py")]:
+        lines = path.read_text().splitlines()
+        headings[path.name] = [line.split()[2] for line in lines if line.startswith("# ---- ")]
+    assert len(headings) == 7 and all(found == ["1.", "2.", "3.", "4.", "5.", "6."] for found in headings.values())
+    sft = [line.split()[2] for line in (ROOT / "sft.py").read_text().splitlines() if line.startswith("# ---- ")]
+    assert sft == ["1.", "2.", "3.", "5.", "6."]                              # nothing to measure but the loss
+
+
+def test_what_dvpo_removes():
+    """`diff train_dvpo.py baselines/ppo.py`: everything outside the method itself is the same text."""
+    ours, ppo = (definitions((ROOT / name).read_text()) for name in ("train_dvpo.py", "baselines/ppo.py"))
+    assert {name for name in ours if name not in ppo} == {
+        "with_tau", "advantage_q", "advantage_gae", "advantage_released", "token_values"}
+    assert {name for name in ppo if name not in ours} == {
+        "advantage_from_critic", "value_loss", "state_values", "value_head", "response_reward", "score_scale",
+        "ActorCritic", "new_critic"}

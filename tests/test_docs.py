@@ -10,7 +10,8 @@ import yaml
 from conftest import ROOT, read_lines
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
-SCRIPTS = {"sft": "Args", "train_gvm": "Args", "train_dvpo": "Args", "prepare_data": "Args"}
+BASELINES = ["reward_model", "ppo", "grpo", "remax", "dpo"]
+SCRIPTS = {"sft", "train_gvm", "train_dvpo", "prepare_data", *(f"baselines/{name}" for name in BASELINES)}
 COMMANDS = {"evaluate", "figures"}                            # scripts with subcommands
 
 
@@ -36,7 +37,7 @@ def commands(text):
     return [shlex.split(re.sub(r"\\\n", " ", command), comments=True) for command in found]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.py"))], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("baselines/*.py"))], ids=lambda page: page.name)
 def test_every_command_parses(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["test"])
@@ -45,7 +46,7 @@ def test_every_command_parses(page, monkeypatch):
     found = commands(text or "")
     for command in found:
         assert parse(command)
-    assert found or page.name not in ("README.md", "sft.py", "train_gvm.py", "train_dvpo.py", "evaluate.py")
+    assert found or page.name not in ("README.md", "sft.py", "train_gvm.py", "train_dvpo.py", "evaluate.py", "ppo.py")
 
 
 def test_make_targets_exist():
@@ -79,24 +80,26 @@ def test_paper_to_code_covers_both_equations_and_names_a_test_each():
 
 def test_every_departure_is_marked_and_described():
     described = set(re.findall(r"^\| (\d+) \|", (ROOT / "docs" / "deviations.md").read_text(), re.M))
-    marked = {number for path in ROOT.glob("*.py") for number in re.findall(r"DEVIATION (\d+)", path.read_text())}
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")]
+    marked = {number for path in scripts for number in re.findall(r"DEVIATION (\d+)", path.read_text())}
     assert described == marked and "1" in marked
 
 
-def test_every_metric_is_described(sft_run, gvm_run, dvpo_run):
+@pytest.mark.parametrize("run, heading", [("sft", "sft.py"), ("gvm", "train_gvm.py"), ("dvpo", "train_dvpo.py"),
+                                          *((name, f"baselines/{name}.py") for name in BASELINES)])
+def test_every_metric_is_described(run, heading, request):
     page = (ROOT / "docs" / "metrics.md").read_text()
-    for run, heading in ((sft_run, "## sft.py"), (gvm_run, "## train_gvm.py"), (dvpo_run, "## train_dvpo.py")):
-        section = page[page.index(heading):].split("\n## ")[0]
-        described = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
-        written = {name for record in read_lines(run / "metrics.jsonl") for name in record}
-        assert described == written, heading
+    section = page[page.index(f"## {heading}"):].split("\n## ")[0]
+    described = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    written = {name for record in read_lines(request.getfixturevalue(f"{run}_run") / "metrics.jsonl") for name in record}
+    assert described == written
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("paper_*.yaml")), ids=lambda path: path.name)
 def test_recipes_parse(recipe, monkeypatch):
     for section, settings in yaml.safe_load(recipe.read_text()).items():
         monkeypatch.setattr(sys, "argv", [f"{section}.py"])
-        module = importlib.import_module(section)
+        module = importlib.import_module(f"baselines.{section}" if section in BASELINES else section)
         args = module.parse_args(module.Args, [str(recipe)])
         assert {name: getattr(args, name) for name in settings} == settings
         module.accumulation_steps(args)                                        # the batch sizes go together
@@ -108,6 +111,11 @@ def test_the_recipe_is_appendix_c():
     assert (sft["lr"], sft["warmup_steps"], sft["batch_size"], sft["epochs"]) == (2e-5, 2, 16, 3)
     assert (gvm["gamma"], gvm["batch_size"], gvm["max_length"], gvm["lr"]) == (1.0, 32, 1024, 2e-6)
     assert (dvpo["lr"], dvpo["max_response_length"], dvpo["batch_size"], dvpo["ppo_epochs"]) == (2e-6, 1024, 8, 4)
+    reward_model, grpo = recipe["reward_model"], recipe["grpo"]
+    assert (reward_model["lr"], reward_model["epochs"], reward_model["batch_size"]) == (2e-5, 2, 4)
+    assert all(recipe[name]["lr"] == 2e-6 for name in ("ppo", "grpo", "remax", "dpo")) and grpo["group_size"] == 5
+    for name in ("ppo", "grpo"):                              # the same settings as DVPO, where both have them
+        assert all(recipe[name][key] == dvpo[key] for key in ("kl_coef", "target_kl", "ppo_epochs", "max_response_length"))
     assert (dvpo["kl_coef"], dvpo["target_kl"], dvpo["mini_batch_size"], dvpo["micro_batch_size"]) == (0.05, 0.1, 4, 2)
 
 
@@ -117,7 +125,7 @@ def nesting(node):
     return deeper + max((nesting(child) for child in ast.iter_child_nodes(node)), default=0)
 
 
-@pytest.mark.parametrize("script", ["sft.py", "train_gvm.py", "train_dvpo.py"])
+@pytest.mark.parametrize("script", ["sft.py", "train_gvm.py", "train_dvpo.py", *(f"baselines/{x}.py" for x in BASELINES)])
 def test_the_training_loop_fits_one_screen(script):
     """At most 80 lines and three levels deep, from `for update` (or `for step`) to the end of its body."""
     functions = {node.name: node for node in ast.parse((ROOT / script).read_text()).body if isinstance(node, ast.FunctionDef)}

@@ -1,0 +1,86 @@
+"""A run that is killed and resumed ends with the weights and the metrics of one that was never interrupted, bit by bit."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_lines
+from safetensors.torch import load_file
+from test_bad_input import fails
+
+import sft
+import train_dvpo
+import train_gvm
+from baselines import dpo, grpo, ppo, remax, reward_model
+
+SCRIPTS = {"sft": sft, "gvm": train_gvm, "dvpo": train_dvpo, "ppo": ppo, "grpo": grpo, "remax": remax, "dpo": dpo,
+           "reward_model": reward_model}
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(script, patch, step):
+    """The script dies while it writes the log line of a step: half of the line is on disk."""
+    write_lines = script.write_lines
+
+    def dying(path, records):
+        if path.name == "metrics.jsonl" and records[0].get("step", records[0].get("update")) >= step:
+            with open(path, "a") as file:
+                file.write(json.dumps(records[0])[:20])
+            raise Killed
+        write_lines(path, records)
+
+    patch.setattr(script, "write_lines", dying)
+
+
+def without_times(folder):
+    return [{name: value for name, value in record.items() if not name.startswith("seconds")}
+            for record in read_lines(Path(folder) / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_and_resumed_is_never_interrupted(name, request, again, tmp_path):
+    script, args = SCRIPTS[name], request.getfixturevalue(f"{name}_args")
+    args = again(args, save_steps=1, **({"steps": 4} if hasattr(args, "steps") else {"log_every": 1}))
+    changes = {"tau_pairs": 1} if name == "gvm" else {}
+    whole = again(args, output=str(tmp_path / "whole"), save_steps=0, **changes)
+    script.main(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(script, patch, 3)
+        with pytest.raises(Killed):
+            script.main(again(args, **changes))
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_1", "step_2"]
+    torch.rand(7)                                              # whatever the random numbers are by now
+    script.main(again(args, resume=True, **changes))
+    a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "run"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "run")
+    if hasattr(args, "steps"):
+        assert read_lines(tmp_path / "whole" / "rollouts.jsonl") == read_lines(tmp_path / "run" / "rollouts.jsonl")
+    if name == "ppo":
+        a, b = (load_file(tmp_path / folder / "critic" / "model.safetensors") for folder in ("whole", "run"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_killed_before_the_first_checkpoint_begins_anew(dvpo_args, dvpo_run, again, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(train_dvpo, patch, 2)
+        with pytest.raises(Killed):
+            train_dvpo.main(again(dvpo_args))
+    train_dvpo.main(again(dvpo_args, resume=True))
+    assert without_times(tmp_path / "run") == without_times(dvpo_run)
+
+
+def test_resume_refuses_what_is_another_run(sft_args, sft_run, again, tmp_path):
+    fails(lambda: sft.main(again(sft_args, output=str(sft_run), resume=True)), "is finished")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(sft, patch, 2)
+        with pytest.raises(Killed):
+            sft.main(again(sft_args))
+    fails(lambda: sft.main(again(sft_args)), "holds another run.*--resume or --overwrite")
+    fails(lambda: sft.main(again(sft_args, resume=True, lr=0.5)), r"was started with --lr 0\.003")
+    sft.main(again(sft_args, resume=True))
+    assert (tmp_path / "run" / "model.safetensors").exists()
