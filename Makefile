@@ -64,7 +64,7 @@ $(RUN)/figures/curves.png: figures.py $(RUN)/dvpo/model.safetensors
 # QUICK: one seed, 20 steps, the scripts' own learning rates, and nothing written to results/.
 compare: $(INSTALLED)
 ifdef QUICK
-	$(PY) experiments/compare.py --seeds 11 --sweep_seed -1 --steps 20 --rounds 1 --runs runs/compare-quick --output runs/compare-quick
+	$(PY) experiments/compare.py --seeds 11 --sweep_seeds --steps 20 --rounds 1 --runs runs/compare-quick --output runs/compare-quick
 else
 	$(PY) experiments/compare.py
 endif

@@ -2,8 +2,8 @@
 
 Hypothesis  DVPO's policies are as good as PPO's or better, at about 3/5 of its time per step and memory (section 5).
 Method      A world per seed; SFT, GVM and reward model are trained once per seed. All online methods get as many
-            rollouts, with the scripts' own defaults otherwise. Learning rates: four per method, tried in a world of
-            their own (--sweep_seed), chosen by the oracle there, then used for all seeds. Runs are processes of one
+            rollouts, with the scripts' own defaults otherwise. Learning rates: four per method, tried in two worlds of
+            their own (--sweep_seeds), chosen by the oracle there, then used for all seeds. Runs are processes of one
             thread, --jobs at a time; times per step are measured apart, methods taking turns on an idle machine; peak
             memory is measured with models of 100 million parameters, where models and not the interpreter fill it.
 Command     python experiments/compare.py --seeds 11 12 13 14 15        (make compare; about 90 minutes on two cores;
@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 STEPS, ROLLOUTS = 50, 60                                       # steps, and rollouts per step: 60 is 12 groups of 5
-ONLINE = [1e-4, 2e-4, 4e-4, 8e-4]
+ONLINE = [5e-5, 1e-4, 2e-4, 4e-4]
 METHODS = {   # name: (script, its flags for what it learns from, learning rates to try)
     "DVPO": ("train_dvpo.py", {"gvm": "gvm"}, ONLINE),
     "DVPO, pairs": ("train_dvpo.py", {"gvm": "gvm_pairs"}, ONLINE),
@@ -100,7 +100,8 @@ def train(folder, method, seed, steps, lr=None):
 
 def evaluate(output, folder, policies, seed):
     """Oracle scores, win rates, KL, length of the SFT model and the policies on held-out prompts."""
-    if not (output / "policy.json").exists():
+    newest = max((policy / "process.json").stat().st_mtime for policy in policies)
+    if not (output / "policy.json").exists() or (output / "policy.json").stat().st_mtime < newest:
         models = [str(folder / "sft"), *map(str, policies)]
         subprocess.run([sys.executable, "evaluate.py", "policy", "--models", *models, "--data", str(folder / "data"),
                         "--judge", "atlas.py:oracle", "--output", str(output), "--seed", str(seed), "--overwrite"],
@@ -254,13 +255,12 @@ def table(results, made, commit, steps):
                  for m in online]
         lines.append(f"| {step} | {' | '.join(cells)} |")
     if results["sweep"]:
-        lines += ["", "## Learning rates", "", f"Oracle score on the held-out prompts of the world of seed "
-                  f"{results['sweep_seed']}, which is none of the seeds above. The best of each row was used.", "",
+        lines += ["", "## Learning rates", "", f"Oracle score on the held-out prompts of the worlds of seeds "
+                  f"{results['sweep_seeds']}, none of the seeds above. The best mean of each row was used.", "",
                   "| method | " + " | ".join("lr: score" for _ in ONLINE) + " |", "|---" * 5 + "|"]
         for method, scores in results["sweep"].items():
-            best = max(scores.values())
-            cells = [f"{lr}: {'**' if score == best else ''}{score:.3f}{'**' if score == best else ''}"
-                     for lr, score in scores.items()]
+            cells = [f"{lr}: {', '.join(f'{x:.3f}' for x in found)}" for lr, found in scores.items()]
+            cells = [f"**{text}**" if lr == methods[method]["lr"] else text for lr, text in zip(scores, cells)]
             lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -290,8 +290,8 @@ def against_ppo(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
-    parser.add_argument("--sweep_seed", type=int, default=10, help="world of the learning-rate sweep; -1: no sweep, "
-                        "the scripts' defaults")
+    parser.add_argument("--sweep_seeds", type=int, nargs="*", default=[9, 10], help="worlds of the learning-rate sweep; "
+                        "none: the scripts' defaults")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each method when time per step is measured")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
@@ -302,25 +302,29 @@ def main():
     if args.write_large_models:
         return write_large_models(Path(args.write_large_models))
     runs, pool = Path(args.runs).resolve(), ThreadPoolExecutor(args.jobs)
-    started, folder = time.time(), {seed: runs / f"seed{seed}" for seed in [args.sweep_seed, *args.seeds]}
-    sweeping = args.sweep_seed >= 0
-    seeds = [seed for seed in folder if seed >= 0]
-    list(pool.map(lambda seed: world_and_sft(folder[seed], seed), seeds))
+    started, folder = time.time(), {seed: runs / f"seed{seed}" for seed in [*args.sweep_seeds, *args.seeds]}
+    list(pool.map(lambda seed: world_and_sft(folder[seed], seed), folder))
     list(pool.map(lambda job: value_model(folder[job[0]], job[1], job[0]),
-                  [(seed, name) for seed in seeds for name in ("gvm", "gvm_pairs", "reward_model")]))
+                  [(seed, name) for seed in folder for name in ("gvm", "gvm_pairs", "reward_model")]))
 
     chosen, sweep = dict.fromkeys(METHODS), {}
-    if sweeping:
-        seed, jobs = args.sweep_seed, [(method, lr) for method in METHODS for lr in METHODS[method][2]]
-        tried = list(pool.map(lambda job: train(folder[seed], job[0], seed, args.steps, lr=job[1]), jobs))
-        scores = evaluate(folder[seed] / "sweep" / "eval", folder[seed], tried, seed)["models"]
-        for (method, lr), output in zip(jobs, tried):
-            sweep.setdefault(method, {})[f"{lr:g}"] = scores[output.name]["score"]["mean"]
-        chosen = {method: max(sweep[method], key=sweep[method].get) for method in METHODS}
+    jobs = [(seed, method, lr) for seed in args.sweep_seeds for method in METHODS for lr in METHODS[method][2]]
+    tried = list(pool.map(lambda job: train(folder[job[0]], job[1], job[0], args.steps, lr=job[2]), jobs))
+    scores = dict(zip(args.sweep_seeds, pool.map(lambda seed: evaluate(
+        folder[seed] / "sweep" / "eval", folder[seed], [output for job, output in zip(jobs, tried) if job[0] == seed],
+        seed), args.sweep_seeds)))
+    for (seed, method, lr), output in zip(jobs, tried):
+        score = scores[seed]["models"][output.name]["score"]["mean"]
+        sweep.setdefault(method, {}).setdefault(f"{lr:g}", []).append(score)
+    if sweep:
+        chosen = {method: max(sweep[method], key=lambda lr: sum(sweep[method][lr])) for method in METHODS}
 
     def whole_run(job):
         seed, method = job
         output = folder[seed] / file_name(method)
+        if chosen[method] and (output / "args.json").exists():
+            if json.loads((output / "args.json").read_text())["lr"] != float(chosen[method]):
+                (output / "process.json").unlink(missing_ok=True)              # made with a choice of another sweep
         run(output, METHODS[method][0], seed=seed, **flags_of(method, folder[seed], args.steps),
             **({"lr": chosen[method]} if chosen[method] else {}))
         return output
@@ -337,7 +341,7 @@ def main():
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     made = f"python experiments/compare.py --seeds {' '.join(map(str, args.seeds))}"
     results = {"command": made, "commit": commit.strip(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-               "sweep_seed": args.sweep_seed, "sweep": sweep, "step_seconds": seconds, "large": memory,
+               "sweep_seeds": args.sweep_seeds, "sweep": sweep, "step_seconds": seconds, "large": memory,
                "methods": {method: {"lr": chosen[method]} for method in METHODS}, "seeds": {}}
     for seed, result in evaluated.items():
         x = result["models"]["sft"]
