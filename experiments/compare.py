@@ -290,7 +290,7 @@ def against_ppo(results):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
-    parser.add_argument("--sweep_seeds", type=int, nargs="*", default=[9, 10], help="worlds of the learning-rate sweep; "
+    parser.add_argument("--sweep_seeds", type=int, nargs="*", default=[9, 10], help="worlds of the sweep; "
                         "none: the scripts' defaults")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each method when time per step is measured")
