@@ -2,10 +2,12 @@
 
     python figures.py tokens --gvm runs/atlas/gvm --output runs/atlas/figures
     python figures.py curves --runs runs/atlas/dvpo --judge atlas.py:oracle --output runs/atlas/figures
+    python figures.py compare --results results/compare.json --output runs/atlas/figures
 
 `tokens` is the paper's Figure 3: every token of one or more answers, coloured by the value the GVM gives right after it
 (PNG, and a self-contained HTML page in which the mouse shows the numbers).
 `curves` is Figure 4: what the policy's answers were worth, step by step.
+`compare` draws what `make compare` measured: all methods, against rollouts and against time.
 """
 import html
 import importlib.util
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy
 import torch
 import yaml
 from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser
@@ -43,6 +46,13 @@ class CurvesArgs:
     runs: list[str] = HfArg(default_factory=lambda: ["runs/atlas/dvpo"], help="run folders, the outputs of training")
     judge: str = HfArg(default="", help="FILE.py:FUNCTION, (prompt, response) -> score: draws the true score as well")
     output: str = HfArg(default="runs/atlas/figures", help="folder for curves.png")
+    overwrite: bool = HfArg(default=False, help="replace the figure that is there")
+
+
+@dataclass
+class CompareArgs:
+    results: str = HfArg(default="results/compare.json", help="what experiments/compare.py wrote")
+    output: str = HfArg(default="runs/atlas/figures", help="folder for compare.png")
     overwrite: bool = HfArg(default=False, help="replace the figure that is there")
 
 
@@ -248,8 +258,9 @@ def read_lines(path):
 def curves(args):
     png = new_file(args.output, "curves.png", args.overwrite)
     judge = load_judge(args.judge) if args.judge else None
-    panels = {"value": "GVM value of the answers", "kl": "KL to the reference\n(nats per answer)",
-              "response_length": "answer length (tokens)", "entropy": "entropy (nats per token)"}
+    panels = {"value": "GVM value, or reward model's\nscore, of the answers",
+              "kl": "KL to the reference\n(nats per answer)", "response_length": "answer length (tokens)",
+              "entropy": "entropy (nats per token)"}
     if judge:
         panels = {"score": "true score of the answers"} | panels
     figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.8), layout="constrained")
@@ -265,7 +276,8 @@ def curves(args):
             records = [record | {"score": sum(scores[record["step"]]) / len(scores[record["step"]])}
                        for record in records]
         for panel, name in zip(axes, panels):
-            panel.plot(steps, [record[name] for record in records], label=Path(run).name, linewidth=1.2)
+            column = "reward" if name == "value" and name not in records[0] else name      # a baseline
+            panel.plot(steps, [record[column] for record in records], label=Path(run).name, linewidth=1.2)
     for panel, title in zip(axes, panels.values()):
         panel.set_xlabel("step (one batch of rollouts)")
         panel.set_ylabel(title)
@@ -276,8 +288,44 @@ def curves(args):
     print(png)
 
 
-# ---- 5. Main ----
-COMMANDS = {"tokens": (TokensArgs, tokens), "curves": (CurvesArgs, curves)}
+# ---- 5. Comparison (Tables 1, 2, 7 and Figure 4 in kind) ----
+def compare(args):
+    """results/compare.json as a picture: score against rollouts, against time, and on held-out prompts."""
+    png = new_file(args.output, "compare.png", args.overwrite)
+    if not Path(args.results).is_file():
+        fail(f"{args.results}: no such file (make compare writes it)")
+    results = json.loads(Path(args.results).read_text(encoding="utf-8"))
+    seeds, methods = list(results["seeds"].values()), ["SFT", *results["methods"]]
+    figure, (by_rollouts, by_time, final) = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
+    for number, method in enumerate(methods):
+        colour_, scores = f"C{number}", [seed[method]["oracle"] for seed in seeds]
+        mean = sum(scores) / len(scores)
+        final.plot([mean], [-number], "o", color=colour_)
+        final.plot(scores, [-number] * len(scores), "|", color=colour_, markersize=12)
+        final.text(mean, 0.18 - number, f"{mean:.2f}", ha="center", fontsize=8)
+        if "curve" not in seeds[0][method]:
+            continue                                                           # SFT and DPO have no rollouts
+        curve = numpy.array([seed[method]["curve"] for seed in seeds])                             # (seeds, steps)
+        smooth = numpy.stack([curve[:, max(0, step - 4):step + 1].mean(1) for step in range(curve.shape[1])], 1)
+        steps = numpy.arange(1, smooth.shape[1] + 1)
+        seconds = results["step_seconds"].get(method, results["step_seconds"]["DVPO"])["total"]
+        for panel, x in ((by_rollouts, steps * results["rollouts_per_step"]), (by_time, steps * seconds)):
+            panel.plot(x, smooth.mean(0), color=colour_, label=method, linewidth=1.4)
+            panel.fill_between(x, smooth.min(0), smooth.max(0), color=colour_, alpha=0.1, linewidth=0)
+    for panel, label in ((by_rollouts, "rollouts"), (by_time, "training time (s, two CPU cores)"),
+                         (final, "oracle score on held-out prompts")):
+        panel.set_xlabel(label)
+        panel.grid(alpha=0.3)
+    by_rollouts.set_ylabel(f"oracle score of the rollouts\n(5 steps, mean and range of {len(seeds)} seeds)")
+    by_rollouts.legend(fontsize=8)
+    final.set_yticks([-number for number in range(len(methods))], methods)
+    figure.savefig(png, dpi=150)
+    plt.close(figure)
+    print(png)
+
+
+# ---- 6. Main ----
+COMMANDS = {"tokens": (TokensArgs, tokens), "curves": (CurvesArgs, curves), "compare": (CompareArgs, compare)}
 
 
 def main(argv):

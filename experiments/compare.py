@@ -341,8 +341,9 @@ def main():
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     made = f"python experiments/compare.py --seeds {' '.join(map(str, args.seeds))}"
     results = {"command": made, "commit": commit.strip(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-               "sweep_seeds": args.sweep_seeds, "sweep": sweep, "step_seconds": seconds, "large": memory,
-               "methods": {method: {"lr": chosen[method]} for method in METHODS}, "seeds": {}}
+               "rollouts_per_step": ROLLOUTS, "sweep_seeds": args.sweep_seeds, "sweep": sweep,
+               "step_seconds": seconds, "large": memory, "seeds": {},
+               "methods": {method: {"lr": chosen[method]} for method in METHODS}}
     for seed, result in evaluated.items():
         x = result["models"]["sft"]
         results["answers"] = x["prompts"] * result["samples"]

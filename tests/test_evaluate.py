@@ -98,8 +98,26 @@ def test_token_texts_add_up(world):
         assert len(parts) == len(ids) and "".join(parts) == text + "<|end|>"
 
 
-def test_curves(dvpo_run, tmp_path):
-    figures.main(["curves", "--runs", str(dvpo_run), "--judge", str(ROOT / "atlas.py:oracle"), "--output", str(tmp_path)])
+def test_comparison_figure(tmp_path):
+    def seed(shift):
+        curve = {"curve": [shift + step / 10 for step in range(7)]}
+        return {"SFT": {"oracle": 0.0}, "DVPO": {"oracle": 0.5 + shift} | curve, "PPO": {"oracle": 0.4 + shift} | curve,
+                "DPO": {"oracle": 0.3 + shift}}
+
+    (tmp_path / "compare.json").write_text(json.dumps({
+        "seeds": {"1": seed(0.0), "2": seed(0.1)}, "methods": {"DVPO": {}, "PPO": {}, "DPO": {}}, "rollouts_per_step": 60,
+        "step_seconds": {"DVPO": {"total": 1.0}, "PPO": {"total": 1.7}}}))
+    command = ["compare", "--results", str(tmp_path / "compare.json"), "--output", str(tmp_path)]
+    figures.main(command)
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="exists already"):
+        figures.main(command)
+    with pytest.raises(SystemExit, match="make compare writes it"):
+        figures.main(["compare", "--results", str(tmp_path / "none.json"), "--output", str(tmp_path / "other")])
+
+
+def test_curves(dvpo_run, ppo_run, tmp_path):
+    figures.main(["curves", "--runs", str(dvpo_run), str(ppo_run), "--judge", str(ROOT / "atlas.py:oracle"), "--output", str(tmp_path)])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match="no such file"):
         figures.main(["curves", "--runs", str(tmp_path), "--output", str(tmp_path / "other")])
