@@ -245,6 +245,9 @@ def start_run(accelerator, args):
                 fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
             if args.resume:
                 was = json.loads((output / "args.json").read_text())
+                states = len(list(checkpoints(output)[-1].glob("random_states_*"))) if checkpoints(output) else 0
+                if states not in (0, accelerator.num_processes):
+                    fail(f"{output}: its checkpoints are of {states} processes. Resume it with as many")
                 changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
                            if name not in ("overwrite", "resume", "save_steps") and was.get(name) != value]
                 if changed or any(output.glob("*.safetensors")):
@@ -261,7 +264,8 @@ def start_run(accelerator, args):
 
 def checkpoints(output):
     """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
-    return sorted(output.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    found = [folder for folder in output.glob("checkpoints/step_*") if folder.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def save_checkpoint(accelerator, output, step):
@@ -284,10 +288,12 @@ def load_checkpoint(accelerator, output):
     if newest:
         accelerator.load_state(str(newest[0]))
     if accelerator.is_main_process:
-        for log in output.glob("*.jsonl"):
+        for log in (output / name for name in ("metrics.jsonl", "rollouts.jsonl") if (output / name).exists()):
             lines = log.read_text(encoding="utf-8").split("\n")[:-1]           # a line that was cut off is no line
             kept = [line for line in lines if json.loads(line).get("step", json.loads(line).get("update")) <= step]
-            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            unfinished = log.with_name(log.name + ".part")
+            unfinished.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            unfinished.replace(log)
         print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
     accelerator.wait_for_everyone()
     return step

@@ -284,6 +284,9 @@ def start_run(accelerator, args):
                 fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
             if args.resume:
                 was = json.loads((output / "args.json").read_text())
+                states = len(list(checkpoints(output)[-1].glob("random_states_*"))) if checkpoints(output) else 0
+                if states not in (0, accelerator.num_processes):
+                    fail(f"{output}: its checkpoints are of {states} processes. Resume it with as many")
                 changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
                            if name not in ("overwrite", "resume", "save_steps") and was.get(name) != value]
                 if changed or any(output.glob("*.safetensors")):
@@ -300,7 +303,8 @@ def start_run(accelerator, args):
 
 def checkpoints(output):
     """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
-    return sorted(output.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    found = [folder for folder in output.glob("checkpoints/step_*") if folder.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def save_checkpoint(accelerator, output, step):
@@ -323,10 +327,12 @@ def load_checkpoint(accelerator, output):
     if newest:
         accelerator.load_state(str(newest[0]))
     if accelerator.is_main_process:
-        for log in output.glob("*.jsonl"):
+        for log in (output / name for name in ("metrics.jsonl", "rollouts.jsonl") if (output / name).exists()):
             lines = log.read_text(encoding="utf-8").split("\n")[:-1]           # a line that was cut off is no line
             kept = [line for line in lines if json.loads(line).get("step", json.loads(line).get("update")) <= step]
-            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            unfinished = log.with_name(log.name + ".part")
+            unfinished.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            unfinished.replace(log)
         print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
     accelerator.wait_for_everyone()
     return step
@@ -399,7 +405,8 @@ def main(args):
         fail(f"--max_length {args.max_length} is more than the context of {args.model}")
     output = start_run(accelerator, args)
     # The policy is its own reference as long as it has not learned.
-    logp_ref = reference_logp(model.to(accelerator.device), data, 2 * args.micro_batch_size, tokenizer.pad_token_id)
+    with accelerator.autocast():                                       # in the precision that the policy is scored in
+        logp_ref = reference_logp(model.to(accelerator.device), data, 2 * args.micro_batch_size, tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     updates = update_order(n, args.batch_size, args.epochs, args.seed)
     scheduler = get_scheduler("linear", optimizer, min(args.warmup_steps, len(updates)), len(updates))

@@ -315,6 +315,18 @@ def value_head(model):
     return getattr(model, "score", None) or model.classifier
 
 
+def load_reward_model(name):
+    """A scalar reward model: AutoModelForSequenceClassification with one label, and a scale that can be divided by."""
+    config = load(AutoConfig, name)
+    if not (config.architectures or [""])[0].endswith("ForSequenceClassification") or config.num_labels != 1:
+        fail(f"{name}: holds a {(config.architectures or ['?'])[0]} with {config.num_labels} labels; a scalar reward "
+             f"model is wanted here (baselines/reward_model.py makes one)")
+    model = load(AutoModelForSequenceClassification, name, kind="value", dtype=torch.float32).eval()
+    mean, std = score_scale(model)
+    return model if math.isfinite(mean) and 0 < std < math.inf else fail(
+        f"{name}: reward_mean {mean} and reward_std {std} in config.json are no scale")
+
+
 def response_reward(reward_model, ids, is_token, is_response):
     """r(x, y), the reward model's score at the last response token: (B,) float, in deviations of its training scores.
 
@@ -334,7 +346,7 @@ def score_scale(reward_model):
 
 
 class ActorCritic(torch.nn.Module):
-    """The two models that learn, as one module: DDP, ZeRO and FSDP prepare one module and one optimizer."""
+    """The two models that learn, as one module: that is what DDP wraps, and what one backward pass goes through."""
 
     def __init__(self, policy, critic):
         super().__init__()
@@ -408,6 +420,9 @@ def start_run(accelerator, args):
                 fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
             if args.resume:
                 was = json.loads((output / "args.json").read_text())
+                states = len(list(checkpoints(output)[-1].glob("random_states_*"))) if checkpoints(output) else 0
+                if states not in (0, accelerator.num_processes):
+                    fail(f"{output}: its checkpoints are of {states} processes. Resume it with as many")
                 changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
                            if name not in ("overwrite", "resume", "save_steps") and was.get(name) != value]
                 if changed or any(output.glob("*.safetensors")):
@@ -424,7 +439,8 @@ def start_run(accelerator, args):
 
 def checkpoints(output):
     """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
-    return sorted(output.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    found = [folder for folder in output.glob("checkpoints/step_*") if folder.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def save_checkpoint(accelerator, output, step):
@@ -447,10 +463,12 @@ def load_checkpoint(accelerator, output):
     if newest:
         accelerator.load_state(str(newest[0]))
     if accelerator.is_main_process:
-        for log in output.glob("*.jsonl"):
+        for log in (output / name for name in ("metrics.jsonl", "rollouts.jsonl") if (output / name).exists()):
             lines = log.read_text(encoding="utf-8").split("\n")[:-1]           # a line that was cut off is no line
             kept = [line for line in lines if json.loads(line).get("step", json.loads(line).get("update")) <= step]
-            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            unfinished = log.with_name(log.name + ".part")
+            unfinished.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            unfinished.replace(log)
         print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
     accelerator.wait_for_everyone()
     return step
@@ -596,7 +614,7 @@ def main(args):
     # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
     policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
     reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    reward_model = load(AutoModelForSequenceClassification, args.reward_model, kind="value", dtype=torch.float32).eval()
+    reward_model = load_reward_model(args.reward_model)
     critic = new_critic(args, reward_model).eval()
     context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, reward_model))
     if args.max_prompt_length + args.max_response_length > context:
@@ -620,7 +638,8 @@ def main(args):
         clock = [time.time()]
         mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
         questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
-        responses = rollout(policy, tokenizer, prompt_ids, args.max_response_length)
+        with accelerator.autocast():                                   # sampled in the precision it is scored in
+            responses = rollout(policy, tokenizer, prompt_ids, args.max_response_length)
         clock.append(time.time())
 
         sequences = list(zip(prompt_ids, responses))

@@ -5,7 +5,7 @@
 
 Li et al. (2023): REINFORCE. Every prompt is answered twice, by sampling and greedily. The sampled answer learns with
 the difference of the two scores, in one update per batch: no ratio, no clipping. The published code samples with
-top_p 0.9 and scores with the whole softmax; here what is sampled is what is scored.
+top_p 0.9, scores with the whole softmax, and clips the difference at 5; here what is sampled is what is scored.
 
 Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | padding].
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
@@ -246,6 +246,18 @@ def value_head(model):
     return getattr(model, "score", None) or model.classifier
 
 
+def load_reward_model(name):
+    """A scalar reward model: AutoModelForSequenceClassification with one label, and a scale that can be divided by."""
+    config = load(AutoConfig, name)
+    if not (config.architectures or [""])[0].endswith("ForSequenceClassification") or config.num_labels != 1:
+        fail(f"{name}: holds a {(config.architectures or ['?'])[0]} with {config.num_labels} labels; a scalar reward "
+             f"model is wanted here (baselines/reward_model.py makes one)")
+    model = load(AutoModelForSequenceClassification, name, kind="value", dtype=torch.float32).eval()
+    mean, std = score_scale(model)
+    return model if math.isfinite(mean) and 0 < std < math.inf else fail(
+        f"{name}: reward_mean {mean} and reward_std {std} in config.json are no scale")
+
+
 def response_reward(reward_model, ids, is_token, is_response):
     """r(x, y), the reward model's score at the last response token: (B,) float, in deviations of its training scores.
 
@@ -327,6 +339,9 @@ def start_run(accelerator, args):
                 fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
             if args.resume:
                 was = json.loads((output / "args.json").read_text())
+                states = len(list(checkpoints(output)[-1].glob("random_states_*"))) if checkpoints(output) else 0
+                if states not in (0, accelerator.num_processes):
+                    fail(f"{output}: its checkpoints are of {states} processes. Resume it with as many")
                 changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
                            if name not in ("overwrite", "resume", "save_steps") and was.get(name) != value]
                 if changed or any(output.glob("*.safetensors")):
@@ -343,7 +358,8 @@ def start_run(accelerator, args):
 
 def checkpoints(output):
     """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
-    return sorted(output.glob("checkpoints/step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    found = [folder for folder in output.glob("checkpoints/step_*") if folder.name.removeprefix("step_").isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def save_checkpoint(accelerator, output, step):
@@ -366,10 +382,12 @@ def load_checkpoint(accelerator, output):
     if newest:
         accelerator.load_state(str(newest[0]))
     if accelerator.is_main_process:
-        for log in output.glob("*.jsonl"):
+        for log in (output / name for name in ("metrics.jsonl", "rollouts.jsonl") if (output / name).exists()):
             lines = log.read_text(encoding="utf-8").split("\n")[:-1]           # a line that was cut off is no line
             kept = [line for line in lines if json.loads(line).get("step", json.loads(line).get("update")) <= step]
-            log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            unfinished = log.with_name(log.name + ".part")
+            unfinished.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            unfinished.replace(log)
         print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
     accelerator.wait_for_everyone()
     return step
@@ -468,7 +486,7 @@ def main(args):
     # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
     policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
     reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    reward_model = load(AutoModelForSequenceClassification, args.reward_model, kind="value", dtype=torch.float32).eval()
+    reward_model = load_reward_model(args.reward_model)
     context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, reward_model))
     if args.max_prompt_length + args.max_response_length > context:
         fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
@@ -501,9 +519,10 @@ def main(args):
             fail(f"step {step}: {args.reward_model} gives {score[row].item()} and {score_greedy[row].item()} to the "
                  f"answers to {questions[row]!r:.80}")
         ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in responses], device=ids.device)[:, None]
-        reward = score
-        if args.truncated == "penalise":
-            reward = reward - (~ended.squeeze(-1)).float()
+        if args.truncated == "penalise":                               # both, or a cut greedy answer would be a gain
+            cut = [float(row[-1] != tokenizer.eos_token_id) for row in best]
+            score_greedy = score_greedy - torch.tensor(cut).to(score)
+        reward = score - (~ended.squeeze(-1)).float() if args.truncated == "penalise" else score
         advantage = remax_advantage(reward, score_greedy, kl_reward(logp_old, logp_ref, is_response, args.kl_coef),
                                     is_response)
         learned = is_response & ended if args.truncated == "mask" else is_response

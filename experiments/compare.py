@@ -1,11 +1,13 @@
-"""The paper's comparison in Atlas: SFT, DVPO, PPO, GRPO, ReMax and DPO from the same SFT model and the same data.
+"""The paper's comparison in Atlas: SFT, DVPO, PPO, GRPO, ReMax and DPO from the same SFT model and the same answers.
 
 Hypothesis  DVPO's policies are as good as PPO's or better, at about 3/5 of its time per step and memory (section 5).
-Method      A world per seed; SFT, GVM and reward model are trained once per seed. All online methods get as many
-            rollouts, with the scripts' own defaults otherwise. Learning rates: four per method, tried in two worlds of
-            their own (--sweep_seeds), chosen by the oracle there, then used for all seeds. Runs are processes of one
-            thread, --jobs at a time; times per step are measured apart, methods taking turns on an idle machine; peak
-            memory is measured with models of 100 million parameters, where models and not the interpreter fill it.
+Method      A world per seed; SFT, GVM and reward model are trained once per seed, from the same answers: "DVPO" from
+            their scores (the default), "DVPO, pairs" from pairs of them as +1/-1, just what the reward model (so PPO,
+            GRPO, ReMax) and DPO see. All online methods learn from as many rollouts, with the scripts' own defaults
+            otherwise. Learning rates: four per method, tried in two worlds of their own (--sweep_seeds), chosen by the
+            oracle there, then used for all seeds. Runs are processes of one thread, --jobs at a time; times per step
+            are measured apart, methods taking turns on an idle machine; peak memory is measured with models of 100
+            million parameters, where models and not the interpreter fill it.
 Command     python experiments/compare.py --seeds 11 12 13 14 15        (make compare; about 90 minutes on two cores;
             resumable: what is finished under runs/compare/ is kept)
 Result      results/compare.json and results/compare.md
@@ -39,13 +41,29 @@ T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 
 
 # ---- 1. Runs: each is a process; what is finished is not done again ----
+def head():
+    """The commit that is checked out, with a + if files differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return commit + ("+" if subprocess.run([*git, "diff", "--quiet", "HEAD"]).returncode else "")
+
+
+def is_current(output, flags):
+    """True if this run is finished, was made with these flags, and nothing it has read was made after it."""
+    measured = output / "process.json"
+    if not measured.exists() or json.loads(measured.read_text())["flags"] != {k: str(v) for k, v in flags.items()}:
+        return False
+    inputs = [Path(str(value)) / "process.json" for value in flags.values()]
+    return all(path.stat().st_mtime <= measured.stat().st_mtime for path in inputs if path.exists())
+
+
 def run(output, script, threads=1, **flags):
-    """python script --flags --output output, unless it is finished. Returns {"seconds", "peak_mib"} of the process.
+    """python script --flags --output output, unless it is_current. Returns {"seconds", "peak_mib", ...} of the process.
 
     This process must stay small: the peak memory that Linux reports of a child includes its parent's at the start.
     """
     measured = output / "process.json"
-    if not measured.exists():
+    if not is_current(output, flags):
         words = [word for name, value in flags.items() for word in
                  ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +76,9 @@ def run(output, script, threads=1, **flags):
         if status:
             raise SystemExit(f"error: {script} ended with status {status}. Its last words, from {log}:\n"
                              f"{log.read_text()[-2000:]}")
-        measured.write_text(json.dumps({"seconds": time.time() - started, "peak_mib": usage.ru_maxrss / 1024}))
+        measured.write_text(json.dumps({
+            "seconds": time.time() - started, "peak_mib": usage.ru_maxrss / 1024, "commit": head(),
+            "flags": {name: str(value) for name, value in flags.items()}}))
         print(f"{time.strftime('%H:%M:%S')}  {time.time() - started:5.0f} s  {output}", flush=True)
     return json.loads(measured.read_text())
 
@@ -110,13 +130,14 @@ def evaluate(output, folder, policies, seed):
 
 
 # ---- 2. Measuring time and memory ----
-def step_times(folder, runs, rounds, steps):
+def step_times(folder, runs, rounds, steps, chosen):
     """{method: {"generate", "score", "update", "total": median seconds per step}}, methods taking turns, both cores."""
     times = {method: [] for method in METHODS if method not in ("DPO", "DVPO, pairs")}
     for number in range(rounds):
         for method in times:
             output = runs / f"{file_name(method)}_{number}"
-            run(output, METHODS[method][0], threads=os.cpu_count(), seed=number, **flags_of(method, folder, steps))
+            run(output, METHODS[method][0], threads=os.cpu_count(), seed=number, **flags_of(method, folder, steps),
+                **({"lr": chosen[method]} if chosen[method] else {}))
             times[method] += read_lines(output / "metrics.jsonl")[1:]          # the first step warms up
     parts = ("generate", "score", "update")
     return {method: {part: statistics.median(row[f"seconds_{part}"] for row in rows) for part in parts} |
@@ -216,13 +237,13 @@ def table(results, made, commit, steps):
         return f"{x['mean']:.{digits}f} ({x['low']:.{digits}f} to {x['high']:.{digits}f})"
 
     seeds, methods = results["seeds"], results["methods"]
-    lines = ["# The comparison", "", f"`{made}`, commit {commit}, {results['machine']}. Mean over the seeds "
-             f"{', '.join(seeds)}, and its 95 % interval (Student's t over seeds).", "",
+    lines = ["# The comparison", "", f"`{made}`, runs made at commit {commit}, {results['machine']}. Mean over the "
+             f"seeds {', '.join(seeds)}, and its 95 % interval (Student's t over seeds).", "",
              "## The analogue of Tables 1 and 2", "",
              f"Oracle score of {results['answers']} answers per seed to held-out prompts. Every online method: {steps} "
              f"steps of {ROLLOUTS} rollouts. Time per step: median, methods taking turns on two otherwise idle cores. "
              "The last column: models of 100 million parameters, batches of 10; time per step, and peak memory of the "
-             "process.", "",
+             "process. ReMax also answers every prompt greedily: not counted as a rollout, but it takes its time.", "",
              "| method | learning rate | oracle score | gain over SFT | win rate over SFT | KL (nats) | length | "
              "s per step: generate + score + update | 100 M: s per step, MiB |", "|---" * 9 + "|"]
     sft = [seed["SFT"]["oracle"] for seed in seeds.values()]
@@ -268,22 +289,27 @@ def table(results, made, commit, steps):
 def against_ppo(results):
     """The targets of the comparison, in words with numbers."""
     seeds = results["seeds"].values()
-    ppo, dvpo = ([seed[m]["oracle"] for seed in seeds] for m in ("PPO", "DVPO"))
-    x, y, gap = interval(ppo), interval(dvpo), interval([b - a for a, b in zip(ppo, dvpo)])
+    ppo, dvpo, pairs = ([seed[m]["oracle"] for seed in seeds] for m in ("PPO", "DVPO", "DVPO, pairs"))
+
+    def versus(name, scores):
+        x, y, gap = interval(ppo), interval(scores), interval([b - a for a, b in zip(ppo, scores)])
+        return (f"{name} {y['mean']:.3f} ({y['low']:.3f} to {y['high']:.3f}), PPO {x['mean']:.3f} ({x['low']:.3f} to "
+                f"{x['high']:.3f}); difference seed by seed {gap['mean']:+.3f} ({gap['low']:+.3f} to "
+                f"{gap['high']:+.3f})")
+
     steps = {m: [steps_to_reach(seed[m]["curve"], statistics.mean(seed["PPO"]["curve"][-5:])) for seed in seeds]
-             for m in ("DVPO", "PPO")}
+             for m in ("DVPO", "DVPO, pairs", "PPO")}
     time_ = {m: results["step_seconds"][m]["total"] for m in ("DVPO", "PPO")}
     large = results["large"]
-    return {"oracle score": f"DVPO {y['mean']:.3f} ({y['low']:.3f} to {y['high']:.3f}), PPO {x['mean']:.3f} "
-                            f"({x['low']:.3f} to {x['high']:.3f}); difference seed by seed {gap['mean']:+.3f} "
-                            f"({gap['low']:+.3f} to {gap['high']:+.3f})",
+    return {"oracle score": versus("DVPO", dvpo),
+            "oracle score, the same pairs for both": versus("DVPO, pairs", pairs),
             "time per step": f"{time_['DVPO']:.2f} s / {time_['PPO']:.2f} s = {time_['DVPO'] / time_['PPO']:.2f}",
             "time per step, 100 million parameters": "{:.1f} s / {:.1f} s = {:.2f}".format(
                 *(pair := [large[m]["seconds"] for m in ("DVPO", "PPO")]), pair[0] / pair[1]),
             "peak memory, 100 million parameters": "{:.0f} MiB / {:.0f} MiB = {:.2f}".format(
                 *(pair := [large[m]["peak_mib"] for m in ("DVPO", "PPO")]), pair[0] / pair[1]),
             "steps to reach PPO's score of its last 5 steps (mean of 5 steps; one number per seed)":
-                f"DVPO {steps['DVPO']}, PPO {steps['PPO']}"}
+                "; ".join(f"{method} {found}" for method, found in steps.items())}
 
 
 # ---- 4. Main ----
@@ -301,6 +327,10 @@ def main():
     args = parser.parse_args()
     if args.write_large_models:
         return write_large_models(Path(args.write_large_models))
+    if len({*args.seeds, *args.sweep_seeds}) < len(args.seeds) + len(args.sweep_seeds) or not (
+            len(args.seeds) == 1 or len(args.seeds) in T_95):
+        raise SystemExit("error: --seeds and --sweep_seeds must all differ (what was chosen on a world says nothing "
+                         "there), and --seeds be 1 to 10")
     runs, pool = Path(args.runs).resolve(), ThreadPoolExecutor(args.jobs)
     started, folder = time.time(), {seed: runs / f"seed{seed}" for seed in [*args.sweep_seeds, *args.seeds]}
     list(pool.map(lambda seed: world_and_sft(folder[seed], seed), folder))
@@ -322,9 +352,6 @@ def main():
     def whole_run(job):
         seed, method = job
         output = folder[seed] / file_name(method)
-        if chosen[method] and (output / "args.json").exists():
-            if json.loads((output / "args.json").read_text())["lr"] != float(chosen[method]):
-                (output / "process.json").unlink(missing_ok=True)              # made with a choice of another sweep
         run(output, METHODS[method][0], seed=seed, **flags_of(method, folder[seed], args.steps),
             **({"lr": chosen[method]} if chosen[method] else {}))
         return output
@@ -333,14 +360,15 @@ def main():
     evaluated = dict(zip(args.seeds, pool.map(lambda seed: evaluate(
         folder[seed] / "eval", folder[seed], [folder[seed] / file_name(m) for m in METHODS], seed), args.seeds)))
     first = folder[args.seeds[0]]
-    seconds = step_times(first, runs / "times", args.rounds, steps=8)
+    seconds = step_times(first, runs / "times", args.rounds, 8, chosen)
     memory = peak_memory(first, runs / "memory")
 
     sys.path.insert(0, str(ROOT))
     import atlas
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    commits = {json.loads(path.read_text())["commit"] for path in runs.glob("**/process.json")}
+    commit = ", ".join(sorted(commits))
     made = f"python experiments/compare.py --seeds {' '.join(map(str, args.seeds))}"
-    results = {"command": made, "commit": commit.strip(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    results = {"command": made, "commits": sorted(commits), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
                "rollouts_per_step": ROLLOUTS, "sweep_seeds": args.sweep_seeds, "sweep": sweep,
                "step_seconds": seconds, "large": memory, "seeds": {},
                "methods": {method: {"lr": chosen[method]} for method in METHODS}}
@@ -353,7 +381,7 @@ def main():
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "compare.json").write_text(json.dumps(results, indent=1) + "\n")
-    (output / "compare.md").write_text(table(results, made, commit.strip(), args.steps))
+    (output / "compare.md").write_text(table(results, made, commit, args.steps))
     print((output / "compare.md").read_text(), f"\n{time.time() - started:.0f} s")
 
 

@@ -11,7 +11,9 @@ Method      The models of experiments/compare.py: GVM of scores, GVM of pairs (+
             Against the true Q of the behaviour policy that wrote the answer (atlas.true_value): mean squared error at
             the first, middle and last token. Reward model and critic have no scale of their own, so every model's
             values are first mapped by the straight line that best predicts the rewards of 1,000 training answers from
-            the last token's values. What the Monte Carlo error of the truth adds is taken off.
+            the last token's values. What the Monte Carlo error of the truth adds is taken off. (The critic learned the
+            values of PPO's own policy, KL costs included: its error here says how far those are from the truth about
+            the data, not how well it learned.)
 Command     python experiments/value_models.py --seeds 11 12 13 14 15      (after compare.py; five minutes on two cores)
 Result      results/value_models.json and results/value_models.md
 """
@@ -161,6 +163,8 @@ def main():
     parser.add_argument("--runs", default="runs/compare", help="the runs of experiments/compare.py")
     parser.add_argument("--output", default=str(ROOT / "results"), help="folder for value_models.json and .md")
     args = parser.parse_args()
+    if len(set(args.seeds)) < len(args.seeds) or not (len(args.seeds) == 1 or len(args.seeds) in T_95):
+        raise SystemExit("error: --seeds must be 1 to 10 different numbers")
     started, seeds = time.time(), {}
     for seed in args.seeds:
         folder = Path(args.runs) / f"seed{seed}"

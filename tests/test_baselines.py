@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import read_lines, write_rows
 from safetensors.torch import load_file
 from test_bad_input import fails
@@ -147,6 +148,8 @@ def test_group_advantage():
     assert advantage[:3].tolist() == pytest.approx([-2 / (std + 1e-4), -1 / (std + 1e-4), 3 / (std + 1e-4)])
     assert advantage[3:].tolist() == [0, 0, 0]                                 # all rewards equal: no NaN, nothing learned
     assert grpo.group_advantage(score, 3, divide_by_std=False).tolist() == [-2, -1, 3, 0, 0, 0]
+    for equal in (1.7, 1000.1):                                                # whose mean is not quite the number itself
+        assert (grpo.group_advantage(torch.full((8,), equal), 8) == 0).all()
 
 
 @pytest.mark.parametrize("how", ["grpo", "dapo", "dr_grpo"])
@@ -366,11 +369,66 @@ def test_the_ratio_is_1_before_the_first_update(name, request):
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "remax"])
-@pytest.mark.parametrize("truncated", ["mask", "penalise"])
-def test_every_kind_of_truncation_trains(name, truncated, request, again, tmp_path):
-    args = again(request.getfixturevalue(f"{name}_args"), truncated=truncated, max_response_length=4, steps=1)
-    SCRIPTS[name].main(args)
-    assert math.isfinite(read_lines(tmp_path / "run" / "metrics.jsonl")[0]["loss"])
+@pytest.mark.parametrize("truncated", ["keep", "mask", "penalise"])
+def test_what_main_hands_to_the_update(name, truncated, request, again, monkeypatch, trained_reward_model):
+    """Advantages (and PPO's returns) of one batch, from the rollouts' scores, against loops; some responses are cut."""
+    script, seen, kl_coef = SCRIPTS[name], {}, 0.3
+    args = again(request.getfixturevalue(f"{name}_args"), truncated=truncated, max_response_length=12, steps=2, lr=1e-3,
+                 kl_coef=kl_coef, reward_model=str(trained_reward_model), batch_size=32)
+    scored, improve, rollout = script.score_rollouts, script.improve, script.rollout
+
+    eos = AutoTokenizer.from_pretrained(args.model).eos_token_id
+
+    def cut_some(*rest, **greedy):                             # every other answer is a cut one, the others end
+        rows = [[token for token in row if token != eos][:5] or [7] for row in rollout(*rest, **greedy)]
+        return [row if number % 2 else [*row, eos] for number, row in enumerate(rows)]
+
+    monkeypatch.setattr(script, "rollout", cut_some)
+    monkeypatch.setattr(script, "score_rollouts", lambda *rest: seen.update(scored=scored(*rest), rest=rest) or seen["scored"])
+    monkeypatch.setattr(script, "improve", lambda accelerator, model, optimizer, batch, *rest: (
+        seen.update(batch=batch), improve(accelerator, model, optimizer, batch, *rest))[1])
+    script.main(args)
+
+    ids, _, is_response, logp_old, logp_ref, *more = seen["scored"]
+    rows, batch = responses(is_response), seen["batch"]
+    ended = torch.tensor([ids[b, end - 1] == eos for b, _, end in rows])
+    assert 0 < ended.sum() < len(ended) and (logp_old - logp_ref)[is_response].abs().max() > 1e-4
+    learned = is_response & ended[:, None] if truncated == "mask" else is_response
+    assert torch.equal(batch[2], learned)
+    penalty = (~ended).float() if truncated == "penalise" else torch.zeros(len(ended))
+    kl = kl_coef * (logp_old - logp_ref)
+    if name == "ppo":
+        value, score = more
+        returns = torch.zeros_like(value)
+        for b, start, end in rows:
+            advantage = 0.0
+            for t in reversed(range(start, end)):
+                r = -kl[b, t] + (score[b] - penalty[b] if t == end - 1 else 0.0)
+                delta = r + (value[b, t + 1] if t < end - 1 else 0.0) - value[b, t]
+                advantage = delta + 0.95 * advantage
+                returns[b, t] = advantage + value[b, t]
+        expected = ppo.whiten(returns - value, learned)
+        assert torch.allclose(batch[6][is_response], returns[is_response], atol=1e-4)          # before the whitening
+        assert torch.equal(batch[5], value)
+    elif name == "grpo":
+        assert torch.equal(batch[4], logp_ref)
+        expected = grpo.group_advantage(more[0] - penalty, args.group_size)
+    else:
+        score, greedy = more
+        greedy_cut = torch.tensor([float(row[-1] != eos) for _, row in seen["rest"][4]])
+        greedy = greedy - (greedy_cut if truncated == "penalise" else 0.0)
+        expected = torch.where(is_response, -kl + (score - penalty - greedy)[:, None], 0.0)
+    found = batch[5] if name == "grpo" else batch[4]
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_dr_grpo_does_not_divide_by_the_deviation(grpo_args, again, monkeypatch):
+    calls, group_advantage = [], grpo.group_advantage
+    monkeypatch.setattr(grpo, "group_advantage", lambda *rest, divide_by_std: (
+        calls.append(divide_by_std), group_advantage(*rest, divide_by_std=divide_by_std))[1])
+    for how in ("dr_grpo", "grpo"):
+        grpo.main(again(grpo_args, loss_normalisation=how, steps=1, overwrite=True))
+    assert calls == [False, True]
 
 
 # ---- bad input ----
@@ -383,7 +441,7 @@ def test_a_reward_model_with_another_tokenizer(name, request, again, reward_mode
     tokenizer.save_pretrained(other)
     args = again(request.getfixturevalue(f"{name}_args"), reward_model=str(other))
     fails(lambda: SCRIPTS[name].main(args), "tokenizer or chat template is not that of")
-    fails(lambda: SCRIPTS[name].main(again(args, reward_model=args.model)), "a value model is wanted here")
+    fails(lambda: SCRIPTS[name].main(again(args, reward_model=args.model)), "a scalar reward model is wanted here")
     fails(lambda: SCRIPTS[name].main(again(args, reward_model="nowhere/at/all")), "no model in this folder")
 
 
@@ -427,6 +485,8 @@ def test_pairs_that_are_equal_after_tokenisation(name, request, again, tmp_path)
         patch.setattr(script, "encode_response", lambda tokenizer, text: encode(tokenizer, text.strip()))
         fails(lambda: script.main(args), "'The same.' and 'The same. ' are the same tokens")
         script.main(again(args, bad_rows="skip"))
+        pairs, dropped = script.read_pairs(again(args, bad_rows="skip"), AutoTokenizer.from_pretrained(args.model), "pairs")
+    assert len(pairs) == 40 and dropped == 1
 
 
 @pytest.mark.parametrize("name, changes, pattern", [
@@ -438,6 +498,38 @@ def test_pairs_that_are_equal_after_tokenisation(name, request, again, tmp_path)
 def test_baselines_refuse(name, changes, pattern, request, again, tmp_path):
     fails(lambda: SCRIPTS[name].main(again(request.getfixturevalue(f"{name}_args"), **changes)), pattern)
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "remax"])
+def test_what_is_no_scalar_reward_model(name, request, again, gvm_run, reward_model_run, tmp_path):
+    args = request.getfixturevalue(f"{name}_args")
+    fails(lambda: SCRIPTS[name].main(again(args, reward_model=str(gvm_run))), "ForTokenClassification with 1 labels; a scalar")
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_run, num_labels=2, ignore_mismatched_sizes=True)
+    model.save_pretrained(tmp_path / "two")
+    AutoTokenizer.from_pretrained(reward_model_run).save_pretrained(tmp_path / "two")
+    fails(lambda: SCRIPTS[name].main(again(args, reward_model=str(tmp_path / "two"))), "with 2 labels; a scalar reward")
+    model = AutoModelForSequenceClassification.from_pretrained(reward_model_run)
+    model.config.reward_model = {"reward_mean": 0.0, "reward_std": 0.0}
+    model.save_pretrained(tmp_path / "flat")
+    AutoTokenizer.from_pretrained(reward_model_run).save_pretrained(tmp_path / "flat")
+    fails(lambda: SCRIPTS[name].main(again(args, reward_model=str(tmp_path / "flat"))), "are no scale")
+
+
+def test_bf16_scores_and_samples_alike(ppo_args, dpo_args, again, tmp_path, monkeypatch):
+    """Under mixed precision PPO samples in the precision it scores in, and DPO's policy starts at its reference."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state()
+    seen, rollout = [], ppo.rollout
+    monkeypatch.setattr(ppo, "rollout", lambda policy, *rest: (
+        seen.append(policy(input_ids=torch.tensor([[5]])).logits.dtype), rollout(policy, *rest))[1])
+    try:
+        ppo.main(again(ppo_args, steps=1))
+        dpo.main(again(dpo_args, output=str(tmp_path / "dpo"), lr=0.0, log_every=1))
+    finally:
+        AcceleratorState._reset_state()
+    assert set(seen) == {torch.bfloat16}
+    for record in read_lines(tmp_path / "dpo" / "metrics.jsonl"):
+        assert max(abs(record["reward_chosen"]), abs(record["reward_rejected"])) < 1e-4
 
 
 def test_a_reward_model_of_another_architecture(ppo_args, again, world, tmp_path):

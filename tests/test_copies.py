@@ -66,5 +66,5 @@ def test_what_dvpo_removes():
     assert {name for name in ours if name not in ppo} == {
         "with_tau", "advantage_q", "advantage_gae", "advantage_released", "token_values"}
     assert {name for name in ppo if name not in ours} == {
-        "advantage_from_critic", "value_loss", "state_values", "value_head", "response_reward", "score_scale",
+        "advantage_from_critic", "value_loss", "state_values", "value_head", "load_reward_model", "response_reward", "score_scale",
         "ActorCritic", "new_critic"}

@@ -52,7 +52,9 @@ def test_the_makefile_knows_what_is_finished():
     assert "make demo" in subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("script, fixture", [("sft.py", "sft_args"), ("train_gvm.py", "gvm_args")])
+@pytest.mark.parametrize("script, fixture", [
+    ("sft.py", "sft_args"), ("train_gvm.py", "gvm_args"), ("baselines/reward_model.py", "reward_model_args"),
+    ("baselines/dpo.py", "dpo_args")])
 def test_two_processes_give_the_update_of_one(script, fixture, request, tmp_path):
     """DDP on CPU, half the batch each: the same losses and gradient norms as one process with the whole batch."""
     args = request.getfixturevalue(fixture)
@@ -68,10 +70,18 @@ def test_two_processes_give_the_update_of_one(script, fixture, request, tmp_path
     assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-3)
 
 
-def test_dvpo_runs_on_two_processes(dvpo_args, tmp_path):
-    run("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision",
-        "no", "--dynamo_backend", "no", "tests/launch_cpu.py", "train_dvpo.py", "--model", dvpo_args.model, "--gvm",
-        dvpo_args.gvm, "--data", dvpo_args.data, "--output", tmp_path / "two", "--steps", 2, "--batch_size", 8,
-        "--mini_batch_size", 8, "--micro_batch_size", 2, "--max_response_length", 12)
+@pytest.mark.parametrize("script, fixture, more", [
+    ("train_dvpo.py", "dvpo_args", ["--mini_batch_size", 8]), ("baselines/ppo.py", "ppo_args", ["--mini_batch_size", 8]),
+    ("baselines/grpo.py", "grpo_args", ["--mini_batch_size", 8, "--group_size", 4]), ("baselines/remax.py", "remax_args", [])])
+def test_online_methods_run_on_two_processes(script, fixture, more, request, tmp_path):
+    args = request.getfixturevalue(fixture)
+    guide = ["--gvm", args.gvm] if hasattr(args, "gvm") else ["--reward_model", args.reward_model]
+    launched = run("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "tests/launch_cpu.py", script, "--model", args.model,
+                   *guide, "--data", args.data, "--output", tmp_path / "two", "--steps", 2, "--batch_size", 8,
+                   "--micro_batch_size", 2, "--max_response_length", 12, "--save_steps", 1, *more)
+    assert "processes: 2" in launched
+    assert {file.name for file in (tmp_path / "two" / "checkpoints" / "step_1").glob("random_states_*")} == {
+        "random_states_0.pkl", "random_states_1.pkl"}
     assert len(read_lines(tmp_path / "two" / "rollouts.jsonl")) == 16          # both processes' rollouts
     assert len(read_lines(tmp_path / "two" / "metrics.jsonl")) == 2

@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends with the weights and the metrics of one that was never interrupted, bit by bit."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,9 @@ def test_killed_and_resumed_is_never_interrupted(name, request, again, tmp_path)
     script, args = SCRIPTS[name], request.getfixturevalue(f"{name}_args")
     args = again(args, save_steps=1, **({"steps": 4} if hasattr(args, "steps") else {"log_every": 1}))
     changes = {"tau_pairs": 1} if name == "gvm" else {}
+    if name == "dvpo":                                         # a GVM that asks for tau: drawn anew in every step
+        train_gvm.main(again(request.getfixturevalue("gvm_args"), output=str(tmp_path / "gvm"), tau_pairs=1))
+        changes = {"gvm": str(tmp_path / "gvm")}
     whole = again(args, output=str(tmp_path / "whole"), save_steps=0, **changes)
     script.main(whole)
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +57,6 @@ def test_killed_and_resumed_is_never_interrupted(name, request, again, tmp_path)
             script.main(again(args, **changes))
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_1", "step_2"]
-    torch.rand(7)                                              # whatever the random numbers are by now
     script.main(again(args, resume=True, **changes))
     a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "run"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
@@ -72,6 +75,32 @@ def test_killed_before_the_first_checkpoint_begins_anew(dvpo_args, dvpo_run, aga
             train_dvpo.main(again(dvpo_args))
     train_dvpo.main(again(dvpo_args, resume=True))
     assert without_times(tmp_path / "run") == without_times(dvpo_run)
+
+
+def test_what_a_user_keeps_in_the_folder_stays(dvpo_args, again, tmp_path):
+    """Copies of checkpoints, notes, evaluations: neither deleted nor stumbled over."""
+    args = again(dvpo_args, save_steps=1, steps=4)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(train_dvpo, patch, 3)
+        with pytest.raises(Killed):
+            train_dvpo.main(args)
+    shutil.copytree(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "run" / "checkpoints" / "step_1_good")
+    (tmp_path / "run" / "notes.jsonl").write_text('{"step": 9}')
+    train_dvpo.main(again(args, resume=True))
+    assert (tmp_path / "run" / "notes.jsonl").read_text() == '{"step": 9}'
+    kept = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step_1_good", "step_2", "step_3"]
+
+
+def test_resume_wants_as_many_processes(dvpo_args, again, tmp_path):
+    args = again(dvpo_args, save_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(train_dvpo, patch, 2)
+        with pytest.raises(Killed):
+            train_dvpo.main(args)
+    newest = tmp_path / "run" / "checkpoints" / "step_1"
+    shutil.copy(newest / "random_states_0.pkl", newest / "random_states_1.pkl")
+    fails(lambda: train_dvpo.main(again(args, resume=True)), "checkpoints are of 2 processes")
 
 
 def test_resume_refuses_what_is_another_run(sft_args, sft_run, again, tmp_path):
