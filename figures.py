@@ -319,6 +319,7 @@ def compare(args):
     by_rollouts.set_ylabel(f"oracle score of the rollouts\n(5 steps, mean and range of {len(seeds)} seeds)")
     by_rollouts.legend(fontsize=8)
     final.set_yticks([-number for number in range(len(methods))], methods)
+    final.set_ylim(0.6 - len(methods), 0.6)
     figure.savefig(png, dpi=150)
     plt.close(figure)
     print(png)

@@ -42,7 +42,7 @@ class Args:
     beta: float = HfArg(default=0.1, help="how dear it is to leave the reference (Rafailov et al.: 0.1)")
     label_smoothing: float = HfArg(default=0.0, help="probability that a pair is the wrong way round, below 0.5")
     max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped (ours)")
-    lr: float = HfArg(default=1e-4, help="peak learning rate, then linear decay (ours)")
+    lr: float = HfArg(default=3e-4, help="peak learning rate, then linear decay (ours)")
     warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the linear decay (ours)")
     epochs: int = HfArg(default=1, help="passes over the data (ours)")
     batch_size: int = HfArg(default=32, help="pairs per update, over all processes (paper: 8)")

@@ -55,7 +55,7 @@ class Args:
                                                            "as they are; left out; 1 off the reward")   # DEVIATION 10
     max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
     max_response_length: int = HfArg(default=64, help="tokens after which a response is cut (paper: 1024)")
-    lr: float = HfArg(default=2e-4, help="learning rate, constant (paper: 2e-6)")
+    lr: float = HfArg(default=1e-4, help="learning rate, constant (paper: 2e-6)")
     steps: int = HfArg(default=50, help="batches of rollouts")
     batch_size: int = HfArg(default=60, help="rollouts per step, over all processes: prompts x group size (paper: 8)")
     mini_batch_size: int = HfArg(default=30, help="rollouts per update, over all processes (paper: 2 x 2)")

@@ -46,7 +46,7 @@ class Args:
                                                            "as they are; left out; 1 off the reward")   # DEVIATION 10
     max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
     max_response_length: int = HfArg(default=64, help="tokens after which a response is cut (paper: 1024)")
-    lr: float = HfArg(default=2e-4, help="learning rate, constant (paper: 2e-6)")
+    lr: float = HfArg(default=4e-4, help="learning rate, constant (paper: 2e-6)")
     steps: int = HfArg(default=50, help="batches of rollouts")
     batch_size: int = HfArg(default=64, help="rollouts per step and update, over all processes (paper: 8)")
     micro_batch_size: int = HfArg(default=32, help="most rollouts per forward pass and process")
