@@ -1,6 +1,7 @@
 """What the pages say is true: commands parse, links point at what they name, metrics and departures are all described."""
 import ast
 import importlib
+import json
 import re
 import shlex
 import sys
@@ -133,3 +134,19 @@ def test_the_training_loop_fits_one_screen(script):
         for node in functions[name].body if name in functions else ():
             if isinstance(node, ast.For):
                 assert node.end_lineno - node.lineno < 80 and nesting(node) <= 3, (script, name, nesting(node))
+
+
+def test_the_readme_s_comparison_is_what_was_measured():
+    """Every row of README's table against results/compare.json."""
+    results = json.loads((ROOT / "results" / "compare.json").read_text())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method in results["methods"]:
+        seeds = [seed[method] for seed in results["seeds"].values()]
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {method} | ") and "±" in line)
+        cells = [cell.strip(" *") for cell in row.split("|")[2:-1]]
+        assert cells[0].startswith(f"{sum(seed['oracle'] for seed in seeds) / len(seeds):.2f} ±"), row
+        assert cells[1] == f"{sum(seed['win_rate']['sft'] for seed in seeds) / len(seeds):.2f}", row
+        assert cells[2] == f"{sum(seed['kl'] for seed in seeds) / len(seeds):.1f}", row
+        seconds, large = results["step_seconds"].get(method), results["large"].get(method)
+        assert cells[3] == (f"{seconds['total']:.2f}" if seconds else ""), row
+        assert cells[4] == (f"{large['peak_mib'] / 1024:.1f}" if large else ""), row
