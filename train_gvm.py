@@ -108,8 +108,8 @@ def row_problem(row, fields):
     return '"chosen" and "rejected" are the same text' if same else None
 
 
-def read_rows(data, split, fields, bad_rows="error"):
-    """The rows of data/split.jsonl, each checked by row_problem. Returns a list of dicts, never empty.
+def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
+    """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
 
     data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
               split "test" is read where a "test_*" file is asked for, else "train"
@@ -133,7 +133,7 @@ def read_rows(data, split, fields, bad_rows="error"):
         try:
             row = json.loads(line) if isinstance(line, bytes) else line
             json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
-            problem = row_problem(row, fields)
+            problem = row_problem(row, fields) or also(row)
         except (ValueError, OverflowError, RecursionError) as error:
             problem = f"invalid JSON ({error})"
         if problem and bad_rows == "error":
@@ -158,6 +158,12 @@ def encode_response(tokenizer, response):
     """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
     ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
     return ids + [tokenizer.eos_token_id]
+
+
+def same_tokens(row, tokenizer):
+    """The fault of a pair whose answers differ as texts, but not as tokens; None if there is none."""
+    chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
+    return '"chosen" and "rejected" are the same tokens' if chosen == rejected else None
 
 
 def collate(sequences, pad_id, device):
@@ -206,7 +212,8 @@ def read_trajectories(args, tokenizer, split, supervision):
     fields = {"prompt": "prompt"} | dict.fromkeys(sides, "text")
     fields |= {"reward": "number"} if supervision == "scores" else {}
     fields |= {named.format(side): "text" for side in sides} if args.tau_pairs else {}
-    rows, kept = read_rows(args.data, split, fields, args.bad_rows), []
+    rows, kept = read_rows(args.data, split, fields, args.bad_rows, lambda row: (
+        same_tokens(row, tokenizer) if supervision == "pairs" else None)), []
     for row in rows:
         prompt = encode_prompt(tokenizer, row["prompt"])
         group = [Trajectory(row["prompt"], (prompt, encode_response(tokenizer, row[side])),

@@ -104,8 +104,8 @@ def row_problem(row, fields):
     return '"chosen" and "rejected" are the same text' if same else None
 
 
-def read_rows(data, split, fields, bad_rows="error"):
-    """The rows of data/split.jsonl, each checked by row_problem. Returns a list of dicts, never empty.
+def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
+    """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
 
     data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
               split "test" is read where a "test_*" file is asked for, else "train"
@@ -129,7 +129,7 @@ def read_rows(data, split, fields, bad_rows="error"):
         try:
             row = json.loads(line) if isinstance(line, bytes) else line
             json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
-            problem = row_problem(row, fields)
+            problem = row_problem(row, fields) or also(row)
         except (ValueError, OverflowError, RecursionError) as error:
             problem = f"invalid JSON ({error})"
         if problem and bad_rows == "error":
@@ -154,6 +154,12 @@ def encode_response(tokenizer, response):
     """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
     ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
     return ids + [tokenizer.eos_token_id]
+
+
+def same_tokens(row, tokenizer):
+    """The fault of a pair whose answers differ as texts, but not as tokens; None if there is none."""
+    chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
+    return '"chosen" and "rejected" are the same tokens' if chosen == rejected else None
 
 
 def collate(sequences, pad_id, device):
@@ -186,18 +192,15 @@ def update_order(n, batch_size, epochs, seed):
 def read_pairs(args, tokenizer, split):
     """data/split.jsonl -> ([(prompt ids, chosen ids), (prompt ids, rejected ids), ...], number of pairs dropped).
 
-    The two answers of a pair stand next to each other. A pair with a row longer than max_length is dropped whole; so
-    is, with --bad_rows skip, one whose answers are the same tokens: its gradient would be zero.
+    The two answers of a pair stand next to each other. A pair with a row longer than max_length is dropped whole. One
+    whose answers are the same tokens is a bad row: its gradient would be zero.
     """
     fields = {"prompt": "prompt", "chosen": "text", "rejected": "text"}
-    rows, kept = read_rows(args.data, split, fields, args.bad_rows), []
+    rows, kept = read_rows(args.data, split, fields, args.bad_rows, lambda row: same_tokens(row, tokenizer)), []
     for row in rows:
         prompt = encode_prompt(tokenizer, row["prompt"])
         chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
-        if chosen == rejected and args.bad_rows == "error":
-            fail(f"{args.data}, {split}: {row['chosen']!r:.60} and {row['rejected']!r:.60} are the same tokens. Mend "
-                 f"the row, or pass --bad_rows skip")
-        if chosen != rejected and len(prompt) + max(len(chosen), len(rejected)) <= args.max_length:
+        if len(prompt) + max(len(chosen), len(rejected)) <= args.max_length:
             kept += [(prompt, chosen), (prompt, rejected)]
     return kept, len(rows) - len(kept) // 2
 
@@ -394,7 +397,7 @@ def main(args):
 
     data, dropped = read_pairs(args, tokenizer, "pairs")
     n = len(data) // 2
-    accelerator.print(f"{n} pairs; {dropped} dropped: longer than {args.max_length} tokens, or of equal answers")
+    accelerator.print(f"{n} pairs; {dropped} longer than {args.max_length} tokens dropped")
     if n < args.batch_size:
         fail(f"{args.data}: {n} pairs do not fill one batch: lower --batch_size {args.batch_size}, or raise "
              f"--max_length {args.max_length}")

@@ -116,8 +116,8 @@ def row_problem(row, fields):
     return '"chosen" and "rejected" are the same text' if same else None
 
 
-def read_rows(data, split, fields, bad_rows="error"):
-    """The rows of data/split.jsonl, each checked by row_problem. Returns a list of dicts, never empty.
+def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
+    """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
 
     data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
               split "test" is read where a "test_*" file is asked for, else "train"
@@ -141,7 +141,7 @@ def read_rows(data, split, fields, bad_rows="error"):
         try:
             row = json.loads(line) if isinstance(line, bytes) else line
             json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
-            problem = row_problem(row, fields)
+            problem = row_problem(row, fields) or also(row)
         except (ValueError, OverflowError, RecursionError) as error:
             problem = f"invalid JSON ({error})"
         if problem and bad_rows == "error":

@@ -473,8 +473,16 @@ def test_a_group_of_equal_rewards_teaches_nothing(grpo_args, again, reward_model
     assert equal(weights(grpo_args.model), weights(tmp_path / "run"))
 
 
+def test_the_gvm_refuses_such_pairs_too(gvm_args, again, tmp_path, monkeypatch):
+    encode = train_gvm.encode_response
+    monkeypatch.setattr(train_gvm, "encode_response", lambda tokenizer, text: encode(tokenizer, text.strip()))
+    write_rows(tmp_path / "data" / "pairs.jsonl", [{"prompt": "Q?", "chosen": "The same.", "rejected": "The same. "}])
+    args = again(gvm_args, data=str(tmp_path / "data"), supervision="pairs")
+    fails(lambda: train_gvm.main(args), r"pairs\.jsonl:1: .* are the same tokens")
+
+
 @pytest.mark.parametrize("name", ["reward_model", "dpo"])
-def test_pairs_that_are_equal_after_tokenisation(name, request, again, tmp_path):
+def test_pairs_that_are_equal_after_tokenisation(name, request, again, tmp_path, capsys):
     """Two texts, the same tokens: a space at the end is lost in the tokenizer."""
     rows = [{"prompt": f"Question {i}?", "chosen": f"Yes, {i}.", "rejected": f"No, {i}."} for i in range(20)]
     write_rows(tmp_path / "data" / "pairs.jsonl", [*rows, {"prompt": "Q?", "chosen": "The same.", "rejected": "The same. "}])
@@ -483,10 +491,10 @@ def test_pairs_that_are_equal_after_tokenisation(name, request, again, tmp_path)
     encode = script.encode_response
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "encode_response", lambda tokenizer, text: encode(tokenizer, text.strip()))
-        fails(lambda: script.main(args), "'The same.' and 'The same. ' are the same tokens")
+        fails(lambda: script.main(args), r"pairs\.jsonl:21: .* are the same tokens\. .*--bad_rows skip")
         script.main(again(args, bad_rows="skip"))
         pairs, dropped = script.read_pairs(again(args, bad_rows="skip"), AutoTokenizer.from_pretrained(args.model), "pairs")
-    assert len(pairs) == 40 and dropped == 1
+    assert len(pairs) == 40 and dropped == 0 and "skipped 1 bad rows of 21" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, changes, pattern", [
