@@ -335,7 +335,7 @@ def main():
     started, folder = time.time(), {seed: runs / f"seed{seed}" for seed in [*args.sweep_seeds, *args.seeds]}
     list(pool.map(lambda seed: world_and_sft(folder[seed], seed), folder))
     list(pool.map(lambda job: value_model(folder[job[0]], job[1], job[0]),
-                  [(seed, name) for seed in folder for name in ("gvm", "gvm_pairs", "reward_model")]))
+                  [(seed, name) for seed in folder for name in ("reward_model", "gvm", "gvm_pairs")]))
 
     chosen, sweep = dict.fromkeys(METHODS), {}
     jobs = [(seed, method, lr) for seed in args.sweep_seeds for method in METHODS for lr in METHODS[method][2]]
