@@ -410,7 +410,7 @@ def start_run(accelerator, args):
                 if states not in (0, accelerator.num_processes):
                     fail(f"{output}: its checkpoints are of {states} processes. Resume it with as many")
                 changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
-                           if name not in ("overwrite", "resume", "save_steps") and was.get(name) != value]
+                           if name not in ("output", "overwrite", "resume", "save_steps") and was.get(name) != value]
                 if changed or any(output.glob("*.safetensors")):
                     fail(f"{output}: " + (f"was started with {changed[0]}" if changed else "is finished") +
                          ", so there is nothing to resume. Choose another --output")

@@ -1,11 +1,15 @@
 """A run that is killed and resumed ends with the weights and the metrics of one that was never interrupted, bit by bit."""
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_lines
+from conftest import ROOT, read_lines
 from safetensors.torch import load_file
 from test_bad_input import fails
 
@@ -66,6 +70,27 @@ def test_killed_and_resumed_is_never_interrupted(name, request, again, tmp_path)
     if name == "ppo":
         a, b = (load_file(tmp_path / folder / "critic" / "model.safetensors") for folder in ("whole", "run"))
         assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_ppo_survives_a_sigkill(ppo_args, again, tmp_path):
+    """From the command line, at whatever moment the signal comes after the second checkpoint."""
+    args = again(ppo_args, steps=30, batch_size=16, mini_batch_size=8, micro_batch_size=8)
+    ppo.main(again(args, output=str(tmp_path / "whole")))
+    flags = [word for name in ("model", "reward_model", "data", "steps", "batch_size", "mini_batch_size", "micro_batch_size",
+                               "max_response_length", "sample_every") for word in (f"--{name}", str(getattr(args, name)))]
+    command = [sys.executable, "baselines/ppo.py", *flags, "--output", str(tmp_path / "run"), "--save_steps", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "checkpoints" / "step_2").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    subprocess.run([*command, "--resume"], cwd=ROOT, check=True, capture_output=True)
+    for folder in ("", "critic"):
+        a, b = (load_file(tmp_path / name / folder / "model.safetensors") for name in ("whole", "run"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert without_times(tmp_path / "whole") == without_times(tmp_path / "run")
 
 
 def test_killed_before_the_first_checkpoint_begins_anew(dvpo_args, dvpo_run, again, tmp_path):
