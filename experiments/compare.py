@@ -237,7 +237,7 @@ def table(results, made, commit, steps):
         return f"{x['mean']:.{digits}f} ({x['low']:.{digits}f} to {x['high']:.{digits}f})"
 
     seeds, methods = results["seeds"], results["methods"]
-    lines = ["# The comparison", "", f"`{made}`, runs made at commit {commit}, {results['machine']}. Mean over the "
+    lines = ["# The comparison", "", f"`{made}`, runs made at commits {commit}, {results['machine']}. Mean over the "
              f"seeds {', '.join(seeds)}, and its 95 % interval (Student's t over seeds).", "",
              "## The analogue of Tables 1 and 2", "",
              f"Oracle score of {results['answers']} answers per seed to held-out prompts. Every online method: {steps} "
