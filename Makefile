@@ -15,7 +15,7 @@ endif
 
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
-	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 10)"
+	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 12)"
 	@echo "make test      ruff and the whole test suite"
 	@echo "make test-peers  losses and advantages against trl's and verl's own (installs them in .venv-peers)"
 	@echo "options        SEED=3 (every seed) | RUN=folder (default runs/atlas) | PYTHON=python3 VENV= (no new environment)"

@@ -572,7 +572,7 @@ def main(args):
     policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
     reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
     gvm = load(AutoModelForTokenClassification, args.gvm, kind="value", dtype=torch.float32).eval()
-    made = getattr(gvm.config, "gvm", None) or fail(f"{args.gvm}: not made by train_gvm.py (no gvm in config.json)")
+    gvm_args = getattr(gvm.config, "gvm", None) or fail(f"{args.gvm}: not made by train_gvm.py (no gvm in config.json)")
     context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, gvm))
     if args.max_prompt_length + args.max_response_length > context:
         fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
@@ -596,7 +596,7 @@ def main(args):
 
         sequences = list(zip(prompt_ids, responses))
         pool = gather_object(list(zip(questions, sequences)))          # tau: the current policy's own latest answers
-        behind_tau = [with_tau(question, sequence, pool, made["tau_pairs"], made["max_length"], random)
+        behind_tau = [with_tau(question, sequence, pool, gvm_args["tau_pairs"], gvm_args["max_length"], random)
                       for question, sequence in zip(questions, sequences)]
         with accelerator.autocast():                                   # all three models in the update's precision
             ids, is_token, is_response, logp_old, logp_ref, q = score_rollouts(
@@ -608,9 +608,9 @@ def main(args):
         if args.advantage == "q":
             advantage = advantage_q(q, reward, is_response)
         elif args.advantage == "gae":
-            advantage = advantage_gae(q, reward, is_response, made["gamma"], args.gae_lambda)
+            advantage = advantage_gae(q, reward, is_response, gvm_args["gamma"], args.gae_lambda)
         else:
-            advantage = advantage_released(q, reward, is_response, made["gamma"], args.gae_lambda)
+            advantage = advantage_released(q, reward, is_response, gvm_args["gamma"], args.gae_lambda)
         learned = is_response & ended if args.truncated == "mask" else is_response
         advantage = whiten(advantage, learned, accelerator.reduce)
         clock.append(time.time())
@@ -624,7 +624,7 @@ def main(args):
                  f"pi_old and log pi_theta are not computed alike (dropout? another precision?)")
         record = {"step": step} | metrics
         per_response = {
-            "value": torch.where(last_token(is_response), q, 0.0).sum(-1) * made["reward_std"] + made["reward_mean"],
+            "value": gvm_args["reward_mean"] + gvm_args["reward_std"] * torch.where(last_token(is_response), q, 0.0).sum(-1),
             "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
             "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
             "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each

@@ -564,7 +564,7 @@ def improve(accelerator, model, optimizer, batch, args, stop_if_bad):
             history.append((loss, approx_kl / max(count, 1), clipped / max(count, 1), critic_loss, critic_grad_norm,
                             grad_norm))
             seen.zero_()
-            stop_if_bad(history[-1][-1] + history[-1][-2])
+            stop_if_bad(grad_norm + critic_grad_norm)                          # not finite if either is not
             stopped = history[-1][1] > args.target_kl                          # KL_target, Appendix C: no more updates
         if stopped:
             optimizer.zero_grad()

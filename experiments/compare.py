@@ -98,23 +98,23 @@ def value_model(folder, name, seed):
         **({"supervision": "pairs"} if name == "gvm_pairs" else {}))
 
 
-def flags_of(method, folder, steps):
-    """What a method reads in a seed's folder, and how much of it."""
+def flags_of(method, folder, steps, lr=None):
+    """What a method reads in a seed's folder, and how much of it; lr None is the script's default."""
     flags = {"model": folder / "sft", "data": folder / "data"}
     flags |= {flag: folder / name for flag, name in METHODS[method][1].items()}
     if method != "DPO":
         flags |= {"steps": steps, "batch_size": ROLLOUTS, "micro_batch_size": ROLLOUTS // 2}
-    return flags | ({"mini_batch_size": ROLLOUTS // 2} if method not in ("DPO", "ReMax") else {})
+    flags |= {"mini_batch_size": ROLLOUTS // 2} if method not in ("DPO", "ReMax") else {}
+    return flags | ({"lr": lr} if lr else {})
 
 
 def file_name(method):
     return method.lower().replace(", ", "_")
 
 
-def train(folder, method, seed, steps, lr=None):
-    """One policy; lr None is the script's default. Returns its folder."""
-    output = folder / file_name(method) if lr is None else folder / "sweep" / f"{file_name(method)}_{lr:g}"
-    run(output, METHODS[method][0], seed=seed, **flags_of(method, folder, steps), **({} if lr is None else {"lr": lr}))
+def train(output, method, folder, seed, steps, lr):
+    """One policy. Returns its folder, output."""
+    run(output, METHODS[method][0], seed=seed, **flags_of(method, folder, steps, lr))
     return output
 
 
@@ -136,8 +136,8 @@ def step_times(folder, runs, rounds, steps, chosen):
     for number in range(rounds):
         for method in times:
             output = runs / f"{file_name(method)}_{number}"
-            run(output, METHODS[method][0], threads=os.cpu_count(), seed=number, **flags_of(method, folder, steps),
-                **({"lr": chosen[method]} if chosen[method] else {}))
+            run(output, METHODS[method][0], threads=os.cpu_count(), seed=number,
+                **flags_of(method, folder, steps, chosen[method]))
             times[method] += read_lines(output / "metrics.jsonl")[1:]          # the first step warms up
     parts = ("generate", "score", "update")
     return {method: {part: statistics.median(row[f"seconds_{part}"] for row in rows) for part in parts} |
@@ -339,7 +339,8 @@ def main():
 
     chosen, sweep = dict.fromkeys(METHODS), {}
     jobs = [(seed, method, lr) for seed in args.sweep_seeds for method in METHODS for lr in METHODS[method][2]]
-    tried = list(pool.map(lambda job: train(folder[job[0]], job[1], job[0], args.steps, lr=job[2]), jobs))
+    tried = list(pool.map(lambda job: train(folder[job[0]] / "sweep" / f"{file_name(job[1])}_{job[2]:g}", job[1],
+                                            folder[job[0]], job[0], args.steps, job[2]), jobs))
     scores = dict(zip(args.sweep_seeds, pool.map(lambda seed: evaluate(
         folder[seed] / "sweep" / "eval", folder[seed], [output for job, output in zip(jobs, tried) if job[0] == seed],
         seed), args.sweep_seeds)))
@@ -349,14 +350,8 @@ def main():
     if sweep:
         chosen = {method: max(sweep[method], key=lambda lr: sum(sweep[method][lr])) for method in METHODS}
 
-    def whole_run(job):
-        seed, method = job
-        output = folder[seed] / file_name(method)
-        run(output, METHODS[method][0], seed=seed, **flags_of(method, folder[seed], args.steps),
-            **({"lr": chosen[method]} if chosen[method] else {}))
-        return output
-
-    list(pool.map(whole_run, [(seed, method) for seed in args.seeds for method in METHODS]))
+    list(pool.map(lambda job: train(folder[job[0]] / file_name(job[1]), job[1], folder[job[0]], job[0], args.steps,
+                                    chosen[job[1]]), [(seed, method) for seed in args.seeds for method in METHODS]))
     evaluated = dict(zip(args.seeds, pool.map(lambda seed: evaluate(
         folder[seed] / "eval", folder[seed], [folder[seed] / file_name(m) for m in METHODS], seed), args.seeds)))
     first = folder[args.seeds[0]]
@@ -367,7 +362,7 @@ def main():
     import atlas
     commits = {json.loads(path.read_text())["commit"] for path in runs.glob("**/process.json")}
     commit = ", ".join(sorted(commits))
-    made = f"python experiments/compare.py --seeds {' '.join(map(str, args.seeds))}"
+    made = " ".join(["python experiments/compare.py", *sys.argv[1:]])
     results = {"command": made, "commits": sorted(commits), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
                "rollouts_per_step": ROLLOUTS, "sweep_seeds": args.sweep_seeds, "sweep": sweep,
                "step_seconds": seconds, "large": memory, "seeds": {},
