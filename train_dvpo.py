@@ -624,7 +624,8 @@ def main(args):
                  f"pi_old and log pi_theta are not computed alike (dropout? another precision?)")
         record = {"step": step} | metrics
         per_response = {
-            "value": gvm_args["reward_mean"] + gvm_args["reward_std"] * torch.where(last_token(is_response), q, 0.0).sum(-1),
+            "value": torch.where(last_token(is_response), q * gvm_args["reward_std"], 0.0).sum(-1)
+            + gvm_args["reward_mean"],                                         # in units of the training scores
             "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
             "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
             "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
