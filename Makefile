@@ -51,13 +51,13 @@ $(RUN)/dvpo/model.safetensors: train_dvpo.py $(RUN)/gvm/model.safetensors
 	$(PY) train_dvpo.py --model $(RUN)/sft --gvm $(RUN)/gvm --data $(RUN)/data --output $(RUN)/dvpo --seed $(SEED) --overwrite
 
 $(RUN)/eval/values.json: evaluate.py $(RUN)/gvm/model.safetensors
-	$(PY) evaluate.py values --model $(RUN)/gvm --data $(RUN)/data --output $@ --seed $(SEED) --overwrite
+	$(PY) evaluate.py values --models $(RUN)/gvm --data $(RUN)/data --output $@ --seed $(SEED) --overwrite
 
 $(RUN)/eval/policy.json: evaluate.py $(RUN)/dvpo/model.safetensors
 	$(PY) evaluate.py policy --models $(RUN)/sft $(RUN)/dvpo --data $(RUN)/data --judge atlas.py:oracle --output $(RUN)/eval --seed $(SEED) --overwrite
 
-$(RUN)/figures/tokens.png: figures.py $(RUN)/gvm/model.safetensors
-	$(PY) figures.py tokens --gvm $(RUN)/gvm --output $(RUN)/figures --overwrite
+$(RUN)/figures/tokens.png: figures.py $(RUN)/gvm/model.safetensors $(RUN)/dvpo/model.safetensors
+	$(PY) figures.py tokens --gvm $(RUN)/gvm --policy $(RUN)/dvpo --output $(RUN)/figures --overwrite
 
 $(RUN)/figures/curves.png: figures.py $(RUN)/dvpo/model.safetensors
 	$(PY) figures.py curves --runs $(RUN)/dvpo --judge atlas.py:oracle --output $(RUN)/figures --overwrite

@@ -1,23 +1,37 @@
 """Stage 4: numbers. Is the value model right, and is the policy better?
 
-    python evaluate.py values --model runs/atlas/gvm --data runs/atlas/data
+    python evaluate.py values --models runs/atlas/gvm --data runs/atlas/data
+    python evaluate.py values --models runs/8b/gvm --benchmark rewardbench --data allenai/reward-bench
     python evaluate.py policy --models runs/atlas/sft runs/atlas/dvpo --judge atlas.py:oracle
+    python evaluate.py answers --model runs/8b/dvpo --benchmark mt_bench --questions question.jsonl --output mt_bench
+    python evaluate.py judge --answers runs/8b/eval/answers.jsonl --judge_url https://api.openai.com/v1
 
-`values` asks what Tables 4, 5 and 8 ask: does the better answer of a held-out pair get the higher value? Any value
-model will do, token-level (a GVM, a PPO critic) or sequence-level (a reward model).
+`values` asks what Tables 3, 4, 5, 8 and 9 ask: does the better answer of a held-out pair get the higher value? Any
+value model will do, token-level (a GVM, a PPO critic) or sequence-level (a reward model).
 `policy` samples answers to held-out prompts from one or more models and has a judge score them: any Python function
 (prompt, response) -> float. Models are compared answer by answer, on the same prompts.
+`answers` answers the questions of MT-Bench, AlpacaEval or Arena-Hard, in the files that the official tools read.
+`judge` has a language model score answers by the rubric of Appendix I, and counts wins (Figure 2).
 """
+import gzip
+import hashlib
 import importlib.util
 import json
 import math
+import os
 import random
+import re
 import sys
+import threading
 import time
+import urllib.parse
+import uuid
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
+import requests
 import torch
 import yaml
 from tqdm import tqdm
@@ -30,9 +44,14 @@ from transformers.utils import logging as transformers_logging
 # ---- 1. Arguments ----
 @dataclass
 class ValuesArgs:
-    model: str = HfArg(default="runs/atlas/gvm", help="value model: token-level, or sequence-level (reward model)")
+    models: list[str] = HfArg(default_factory=lambda: ["runs/atlas/gvm"], help="FOLDER or NAME=FOLDER of each value "
+                              "model: token-level (GVM, critic) or sequence-level (reward model)")
     data: str = HfArg(default="runs/atlas/data", help="data folder, or hub data set with chosen and rejected")
-    split: str = HfArg(default="test_pairs", help="which pairs")
+    split: str = HfArg(default="", help="which pairs (default: test_pairs; RewardBench: filtered)")
+    benchmark: Literal["none", "rewardbench"] = HfArg(default="none", help="rewardbench: --data has its rows")
+    aggregate: str = HfArg(default="mean", help="token values -> score, in the tables by margin, policy and subset "
+                           "(mean, last, backup, p1 ... p99); a reward model is read at its last token, always")
+    backup_lambda: float = HfArg(default=0.95, help="lambda of the aggregate `backup`, from 0 to 1")
     output: str = HfArg(default="", help="file to write the numbers to (JSON); none: print only")
     overwrite: bool = HfArg(default=False, help="replace --output if it exists")
     bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
@@ -43,10 +62,11 @@ class ValuesArgs:
 
 @dataclass
 class PolicyArgs:
-    models: list[str] = HfArg(default_factory=lambda: ["runs/atlas/sft", "runs/atlas/dvpo"], help="policies to compare")
+    models: list[str] = HfArg(default_factory=lambda: ["runs/atlas/sft", "runs/atlas/dvpo"],
+                              help="FOLDER or NAME=FOLDER of the policies to compare")
     reference: str = HfArg(default="", help="model that the KL is measured to; default: the first of --models")
     data: str = HfArg(default="runs/atlas/data", help="data folder with test_prompts.jsonl, or hub data set")
-    judge: str = HfArg(default="atlas.py:oracle", help="FILE.py:FUNCTION, (prompt, response) -> score")
+    judge: str = HfArg(default="atlas.py:oracle", help="FILE.py:FUNCTION, (prompt, response) -> score; empty: none")
     output: str = HfArg(default="", help="folder for policy.json and answers.jsonl; none: print only")
     overwrite: bool = HfArg(default=False, help="replace the evaluation that is in --output")
     bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
@@ -55,6 +75,38 @@ class PolicyArgs:
     max_response_length: int = HfArg(default=64, help="tokens after which a response is cut")
     batch_size: int = HfArg(default=128, help="answers sampled at a time")
     seed: int = HfArg(default=1, help="seed of the samples and of the bootstrap")
+
+
+@dataclass
+class AnswersArgs:
+    model: str = HfArg(default="runs/atlas/dvpo", help="FOLDER or NAME=FOLDER of the policy; NAME names the file")
+    benchmark: Literal["mt_bench", "alpaca_eval", "arena_hard"] = HfArg(default="mt_bench", help="whose questions")
+    questions: str = HfArg(default="question.jsonl", help="the benchmark's own question file (.json, .jsonl, .gz)")
+    output: str = HfArg(default="answers", help="folder for NAME.jsonl (AlpacaEval: NAME.json)")
+    overwrite: bool = HfArg(default=False, help="replace the answers in --output, instead of going on with them")
+    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad or missing question, or go without")
+    max_new_tokens: Optional[int] = HfArg(default=None, help="tokens of an answer at most (default: the benchmark's)")
+    batch_size: int = HfArg(default=16, help="questions answered at a time")
+    seed: int = HfArg(default=1, help="seed of the samples")
+
+
+@dataclass
+class JudgeArgs:
+    answers: list[str] = HfArg(default_factory=lambda: ["runs/atlas/eval/answers.jsonl"], help="answers of `policy`"
+                               ", or AlpacaEval's model_outputs.json; NAME=FILE renames a file's one model")
+    judge_model: str = HfArg(default="gpt-4o-2024-08-06", help="the paper's judge; or a folder, without --judge_url")
+    judge_url: str = HfArg(default="", help="OpenAI-compatible address, such as https://api.openai.com/v1. Its key is "
+                           "read from the environment variable OPENAI_API_KEY, from nowhere else")
+    output: str = HfArg(default="runs/atlas/judge", help="folder for judge.json, verdicts.jsonl and replies.jsonl")
+    overwrite: bool = HfArg(default=False, help="replace judge.json and verdicts.jsonl (never the replies, paid for)")
+    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop if a model lacks an answer, or go without")
+    dry_run: bool = HfArg(default=False, help="say how many requests and tokens it would take, and stop")
+    concurrency: int = HfArg(default=8, help="requests under way at a time")
+    timeout: float = HfArg(default=60.0, help="seconds to wait for a reply")
+    retries: int = HfArg(default=6, help="tries after the first, each after twice the pause, before the run stops")
+    max_new_tokens: int = HfArg(default=300, help="tokens of a verdict at most (the rubric asks for 100 words)")
+    batch_size: int = HfArg(default=8, help="verdicts at a time, of a judge in a folder")
+    seed: int = HfArg(default=1, help="seed of the order of responses and of the bootstrap")
 
 
 def fail(message):
@@ -82,6 +134,20 @@ def check_numbers(args):
         least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs", "save_steps") else 1
         if type(value) in (int, float) and not least <= value < math.inf:
             fail(f"--{name} {value}: it has to be finite and at least {least}")
+
+
+def named(models, flag="--models"):
+    """["runs/a/gvm", "large=runs/b/gvm"] -> {"gvm": "runs/a/gvm", "large": "runs/b/gvm"}."""
+    names = {}
+    for entry in models:
+        name, separator, folder = entry.partition("=")
+        if not separator or Path(entry).exists():
+            path = Path(entry).resolve()
+            name, folder = path.stem if path.is_file() else path.name, entry
+        if name in names:
+            fail(f"{flag}: {names[name]} and {folder} are both called {name!r}. Name one of them: OTHER={folder}")
+        names[name] = folder
+    return names
 
 
 # ---- 2. Data ----
@@ -215,6 +281,47 @@ def wins(a, b):
     return (a > b).double() + 0.5 * (a == b).double()
 
 
+def outcomes(scores):
+    """{a: {b: {"win", "tie", "lose": share of pairs, "pairs": their number}}} for every two models (Figure 2).
+
+    scores  {model: (N,) float}, the i-th of each answering the same prompt; NaN: no score, the pair does not count
+    """
+    table = {a: {} for a in scores}
+    for a, b in ((a, b) for a in scores for b in scores if a != b):
+        known = ~(scores[a].isnan() | scores[b].isnan())
+        x, y = scores[a][known], scores[b][known]
+        table[a][b] = {"win": (x > y).sum().item() / max(len(x), 1), "tie": (x == y).sum().item() / max(len(x), 1),
+                       "lose": (x < y).sum().item() / max(len(x), 1), "pairs": len(x)}
+    return table
+
+
+# RewardBench: how many prompts a subset counts for (reward-bench, constants.py). math-prm has 447 rows, and counts for
+# 984, as much as the six subsets of code together.
+REWARDBENCH = {
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+             "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
+                  "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984} | {f"hep-{code}": 164 for code in ("cpp", "go", "java", "js", "python", "rust")},
+}
+
+
+def rewardbench_sections(accuracy):
+    """{subset: accuracy} -> {section: accuracy}, Table 3: the mean over its subsets, weighted by their prompts.
+
+    As the official tool does it (rewardbench/utils.py, calculate_scores_per_section): subsets that are absent do not
+    count; a section without any is left out here.
+    """
+    sections = {}
+    for section, counts in REWARDBENCH.items():
+        there = {subset: count for subset, count in counts.items() if subset in accuracy}
+        if there:
+            sections[section] = sum(accuracy[subset] * n for subset, n in there.items()) / sum(there.values())
+    return sections
+
+
 # ---- 4. Models: values, answers, log-probabilities ----
 def value_head(model):
     """The linear layer hidden -> 1, whatever the architecture calls it."""
@@ -236,47 +343,94 @@ def response_scores(q, is_response):
     return scores | {f"p{k}": nan.nanquantile(k / 100, dim=-1) for k in (1, 5, 10, 90, 95, 99)}
 
 
+def lambda_return(q, reward, is_value, gamma, td_lambda):
+    """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}), and 0 past the last token.
+
+    lambda = 0 is the one-step target of section 3.2, G_t = r_t + gamma * Q(tau, s_{t+1}, a_{t+1}). lambda = 1 is the
+    Monte Carlo return, G_t = gamma^(T-t) * r(x, y). In between: Sutton and Barto (2018), chapter 12.
+    q, reward (B, T) float; is_value (B, T) bool, contiguous in each row. Returns (B, T) float, 0 off the mask.
+    """
+    target = torch.zeros_like(q)
+    q_next = g_next = torch.zeros_like(q[:, 0])                                                    # (B,)
+    for t in reversed(range(q.shape[1])):
+        g = reward[:, t] + gamma * ((1 - td_lambda) * q_next + td_lambda * g_next)
+        # `where`, not a product with the mask: whatever stands off the mask (a NaN too) must not leak in.
+        g_next = torch.where(is_value[:, t], g, 0.0)
+        q_next = torch.where(is_value[:, t], q[:, t], 0.0)
+        target[:, t] = g_next
+    return target
+
+
+def value_positions(is_response):
+    """The response tokens and the last prompt token: (B, T) bool -> (B, T) bool.
+
+    At the last prompt token the model has seen s_1 = x and no action yet. Trained with r = 0 and the same target as
+    everywhere, gamma * Q(tau, s_1, a_1), it learns V(s_1): the baseline that `--advantage gae` needs.  DEVIATION 3
+    """
+    return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
+
+
+def bellman_backup(q, is_response, gamma, td_lambda):
+    """One reward per response by backing its token values up to the state before it, s_1 (section 4.3). (B,) float.
+
+    Section 4.3: "we recover a response-level reward by applying a Bellman-style backup"; it says no more. This is the
+    Bellman equation Q_t = r_t + gamma * Q_{t+1} (section 3.2), applied from the last token back to the prompt, with the
+    value of the last token in the place of the reward that nobody tells us: G_T = Q_T,
+        G_t = gamma * ((1 - lambda) * Q_{t+1} + lambda * G_{t+1}),  read at the last prompt token.
+    With gamma = 1: lambda = 1 is Q_T (`last`), the reward that appendix B recovers for the only token that has one,
+    Q_T - gamma * 0. lambda = 0 is Q_1: the sum of appendix B's rewards, Q_t - gamma * Q_{t+1}, telescopes to it. In
+    between it is a mean of all values whose weights fall by lambda a token: with 0.95, an answer of 1,000 tokens is
+    judged by its first 50. (The GVM rows of the paper's Table 4 are the row "Mean Value" of Table 8: `mean`.)
+    """
+    reward = torch.where(last_token(is_response), q, 0.0)
+    target = lambda_return(q, reward, value_positions(is_response), gamma, td_lambda)              # (B, T)
+    return torch.where(value_positions(is_response) & ~is_response, target, 0.0).sum(-1)
+
+
 @torch.no_grad()
-def score_responses(model, sequences, batch_size, pad_id):
+def score_answers(model, sequences, args, pad_id):
     """{aggregate: (N,) float} of N (prompt ids, response ids). Works for token- and sequence-level models alike.
 
     The head is applied at every token by hand: a sequence-level class would pick the last token by looking for
     padding, and take the one before EOS where pad and EOS are the same token.
     """
-    head = value_head(model)
-    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
+    head, gamma = value_head(model), getattr(model.config, "gvm", {}).get("gamma", 1.0)
+    keys = [(tuple(prompt), tuple(response)) for prompt, response in sequences]
+    unique = sorted(set(keys), key=lambda key: (len(key[0]) + len(key[1]), key))       # once each; little padding
     parts = []
-    for start in range(0, len(order), batch_size):
-        ids, is_token, is_response = collate([sequences[row] for row in order[start:start + batch_size]], pad_id,
-                                             model.device)
+    for start in tqdm(range(0, len(unique), args.batch_size), desc="values", mininterval=1, leave=False):
+        ids, is_token, is_response = collate(unique[start:start + args.batch_size], pad_id, model.device)
         hidden = model.base_model(input_ids=ids, attention_mask=is_token).last_hidden_state        # (B, T, hidden)
-        parts.append(response_scores(head(hidden).squeeze(-1), is_response))
-    back = torch.tensor(order).argsort()
+        q = head(hidden).squeeze(-1).float()                                                       # (B, T)
+        if getattr(model.config, "critic", False):            # PPO's critic: V(s_t), before the token; what it says
+            is_response = is_response & ~last_token(is_response)         # after EOS it never learned
+        parts.append(response_scores(q, is_response)
+                     | {"backup": bellman_backup(q, is_response, gamma, args.backup_lambda)})
+    place = {key: row for row, key in enumerate(unique)}
+    back = torch.tensor([place[key] for key in keys])
     return {name: torch.cat([part[name].cpu() for part in parts])[back] for name in parts[0]}
 
 
 @torch.no_grad()
-def rollout(policy, tokenizer, prompts, max_response_length, greedy=False):
-    """Samples one response to each prompt from pi_theta exactly. prompts: list of id lists. Returns a list of id lists.
+def generate(model, tokenizer, prompts, max_new_tokens, stop, temperature=1.0):
+    """One response to each prompt, lists of ids: sampled from the model, no top-k, no top-p, no repetition penalty.
 
-    greedy  takes the likeliest token each time instead: ReMax's baseline, never what the policy learns from
-    A response ends with EOS, unless it was cut at max_response_length. It stays token ids: decoded and encoded again,
-    it could be split into other tokens than the policy chose.
+    stop         ids that end a response; it contains the one that did
+    temperature  0: the likeliest token each time
     """
     width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
-    is_token = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=policy.device)
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    is_token = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=model.device)
     # generate() fills what a GenerationConfig leaves open from the model's own (top_k = 50, a repetition penalty, ...).
-    # Then pi_theta is not what is sampled, and the KL estimate goes negative. So the model's own is set aside.
-    own, policy.generation_config = policy.generation_config, GenerationConfig(
-        do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    own, model.generation_config = model.generation_config, GenerationConfig(
+        do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
     try:
-        written = policy.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
+        written = model.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
     finally:
-        policy.generation_config = own
-    # Up to the first EOS: what stands behind it is padding, also where pad and EOS are the same token.
-    return [row[:row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in written]
+        model.generation_config = own
+    ends = [next((i + 1 for i, token in enumerate(row) if token in stop), len(row)) for row in written]
+    return [row[:end] for row, end in zip(written, ends)]
 
 
 def token_logp(model, ids, is_token):
@@ -287,6 +441,24 @@ def token_logp(model, ids, is_token):
 
 
 # ---- 5. Files ----
+def json_rows(path, flag):
+    """[(number, row), ...] of a file of JSON lines, or of one JSON list; gzipped or not."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"{flag} {path}: no such file")
+    number = 0
+    try:
+        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+        if text.lstrip().startswith("["):
+            return list(enumerate(json.loads(text), 1))
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            rows += [(number, json.loads(line))] if line.strip() else []
+        return rows
+    except (OSError, EOFError, ValueError, RecursionError) as problem:
+        fail(f"{path}{f':{number}' if number else ''}: not a file of JSON lines, nor a JSON list ({problem})")
+
+
 def load_judge(place):
     """FILE.py:FUNCTION -> the function."""
     file, _, name = place.rpartition(":")
@@ -351,57 +523,162 @@ def load(auto_class, name, kind=None, **kwargs):
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
-# ---- 6. Main ----
-def evaluate_values(args):
-    """Pair accuracy of a value model by every aggregate of Table 8, each with its 95 % interval."""
-    check_numbers(args)
-    if args.output and Path(args.output).exists() and not args.overwrite:
-        fail(f"{args.output}: exists already. Choose another --output, or pass --overwrite")
-    device, started = "cuda" if torch.cuda.is_available() else "cpu", time.time()
-    tokenizer = load(AutoTokenizer, args.model)
+def new_output(path, overwrite):
+    """Refuses, before any work is done, a file that exists."""
+    if Path(path).exists() and not overwrite:
+        fail(f"{path}: exists already. Choose another --output, or pass --overwrite")
+    return Path(path)
+
+
+# ---- 6. values: does the better answer get the higher value? (Tables 3, 4, 5, 8, 9) ----
+def load_value_model(folder):
+    """(model, tokenizer, sequence-level or not). A sequence-level model is a reward model."""
+    tokenizer = load(AutoTokenizer, folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    config = load(AutoConfig, args.model)
-    sequence_level = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    made_as = (load(AutoConfig, folder).architectures or [""])[0]
+    sequence_level = made_as.endswith("ForSequenceClassification")
     auto_class = AutoModelForSequenceClassification if sequence_level else AutoModelForTokenClassification
-    model = load(auto_class, args.model, kind="value", dtype=torch.float32).eval().to(device)
-    made = getattr(config, "gvm", {})
-    k = made.get("tau_pairs", 0)
-    fields = {"prompt": "prompt", "chosen": "text", "rejected": "text"}
-    fields |= {"policy_chosen": "text", "policy_rejected": "text"} if k else {}
-    rows, pairs, pool = read_rows(args.data, args.split, fields, args.bad_rows), [], {}
+    model = load(auto_class, folder, kind="value", dtype=torch.float32).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, sequence_level
+
+
+def score_pairs(folder, rows, args):
+    """Scores both answers of every row that fits. Returns rows kept, {aggregate: (chosen, rejected)}, name of the
+    aggregate to look at, tau_pairs."""
+    model, tokenizer, sequence_level = load_value_model(folder)
+    made = getattr(model.config, "gvm", {})
+    k, sequences, kept, pool = made.get("tau_pairs", 0), [], [], {}
     for row in rows:
-        sides = [(row["prompt"], (encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row[side])),
-                  row.get(f"policy_{side}")) for side in ("chosen", "rejected")]
-        if all(sum(map(len, sequence)) <= args.max_length for _, sequence, _ in sides):
-            pairs += sides
-            for prompt, sequence, policy in sides:
-                pool.setdefault(policy, []).append((prompt, sequence))
-    if not pairs:
+        sides = [(encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row[side]))
+                 for side in ("chosen", "rejected")]
+        if any(sum(map(len, sequence)) > args.max_length for sequence in sides):
+            continue
+        for side, sequence in zip(("chosen", "rejected"), sides):
+            if k and f"policy_{side}" not in row:
+                fail(f"{args.data}: {folder} reads {k} answers of the same policy first, and the rows have no "
+                     f'"policy_{side}"')
+            pool.setdefault(row.get(f"policy_{side}"), []).append((row["prompt"], sequence))
+            sequences.append((row["prompt"], sequence, row.get(f"policy_{side}")))
+        kept.append(row)
+    if not kept:
         fail(f"{args.data}: no pair fits into --max_length {args.max_length}")
     rng = random.Random(args.seed)
     sequences = [with_tau(prompt, sequence, pool[policy], k, made.get("max_length", args.max_length), rng)
-                 for prompt, sequence, policy in pairs]
-    scores = score_responses(model, sequences, args.batch_size, tokenizer.pad_token_id)
-    prompts = [json.dumps(prompt) for prompt, _, _ in pairs[0::2]]
-    accuracy = {name: bootstrap(wins(score[0::2], score[1::2]), args.seed, prompts) for name, score in scores.items()}
-    result = {"model": args.model, "data": args.data, "pairs": len(pairs) // 2,
-              "dropped": len(rows) - len(pairs) // 2, "tau_pairs": k, "pair_accuracy": accuracy,
-              "seconds": time.time() - started}
-    print(f"{args.model} on {result['pairs']} pairs of {args.data} ({result['dropped']} too long)")
-    for name, x in accuracy.items():
-        print(f"  {name:5} {x['mean']:.3f}   95 % interval {x['low']:.3f} to {x['high']:.3f}")
+                 for prompt, sequence, policy in sequences]
+    scores = score_answers(model, sequences, args, tokenizer.pad_token_id)
+    if args.aggregate not in scores:
+        fail(f"--aggregate {args.aggregate}: there are {', '.join(scores)}")
+    look_at = "last" if sequence_level else args.aggregate
+    return kept, {name: (x[0::2], x[1::2]) for name, x in scores.items()}, look_at, k
+
+
+def margin_groups(rows):
+    """Rows in four groups of equal size by |score_chosen - score_rejected|: {label: [row number, ...]}; {} without."""
+    if not all("score_chosen" in row and "score_rejected" in row for row in rows):
+        return {}
+    margin = torch.tensor([abs(row["score_chosen"] - row["score_rejected"]) for row in rows], dtype=torch.float64)
+    edges = margin.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)).unique()
+    if len(edges) == 1:                                       # all margins are equal
+        return {f"{edges[0]:.3g}": list(range(len(rows)))}
+    group = torch.bucketize(margin, edges[1:-1], right=True)  # edges belong to the group above them
+    return {f"{edges[i]:.3g} to {edges[i + 1]:.3g}": (group == i).nonzero().flatten().tolist()
+            for i in range(len(edges) - 1)}
+
+
+def policy_groups(rows):
+    """Rows by behaviour policy: the pairs in which it wrote one of the answers. {policy: [row number, ...]}."""
+    groups = {}
+    for number, row in enumerate(rows):
+        for policy in {row.get("policy_chosen"), row.get("policy_rejected")} - {None}:
+            groups.setdefault(policy, []).append(number)
+    return dict(sorted(groups.items()))
+
+
+def value_accuracy(folder, rows, args):
+    """Everything about one value model: a dict of numbers."""
+    kept, scores, look_at, k = score_pairs(folder, rows, args)
+    prompts = [json.dumps(row["prompt"]) for row in kept]
+    rewardbench = args.benchmark == "rewardbench"
+    # RewardBench counts a tie as wrong; elsewhere it is half right.
+    right = {name: (chosen > rejected).double() if rewardbench else wins(chosen, rejected)
+             for name, (chosen, rejected) in scores.items()}
+
+    def accuracy(name, numbers):
+        return bootstrap(right[name][numbers], args.seed, [prompts[i] for i in numbers]) | {"pairs": len(numbers)}
+
+    everything = list(range(len(kept)))
+    result = {"model": folder, "pairs": len(kept), "dropped": len(rows) - len(kept), "tau_pairs": k,
+              "aggregate": look_at, "pair_accuracy": {name: accuracy(name, everything) for name in right}}
+    for title, groups in (("by_margin", margin_groups(kept)), ("by_policy", policy_groups(kept))):
+        result[title] = {label: accuracy(look_at, numbers) for label, numbers in groups.items()}
+    if rewardbench:
+        subsets = [subset for counts in REWARDBENCH.values() for subset in counts]
+        groups = {subset: [i for i, row in enumerate(kept) if row["subset"] == subset] for subset in subsets}
+        groups = {subset: numbers for subset, numbers in groups.items() if numbers}
+        result["subsets"] = {subset: accuracy(look_at, numbers) for subset, numbers in groups.items()}
+        result["sections"] = {name: rewardbench_sections({subset: right[name][numbers].mean().item()
+                                                          for subset, numbers in groups.items()}) for name in right}
+    return result
+
+
+def print_table(title, columns):
+    """columns: {model: {row: {"mean", "low", "high"} or number}}."""
+    rows = list(dict.fromkeys(row for column in columns.values() for row in column))
+    wide = max(map(len, [title, *rows]))
+    print(f"\n{title:{wide}}" + "".join(f"  {name:>22}" for name in columns))
+    for row in rows:
+        cells = [column.get(row) for column in columns.values()]
+        cells = ["" if x is None else f"{x:.3f}" if isinstance(x, float) else
+                 f"{x['mean']:.3f} ({x['low']:.3f} to {x['high']:.3f})" for x in cells]
+        print(f"{row:{wide}}" + "".join(f"  {cell:>22}" for cell in cells))
+
+
+def evaluate_values(args):
+    """Pair accuracy of value models by every aggregate of Table 8, by margin, by policy, by subset of RewardBench."""
+    check_numbers(args)
+    models, started = named(args.models), time.time()
+    if args.output:
+        new_output(args.output, args.overwrite)
+    if args.backup_lambda > 1:
+        fail(f"--backup_lambda {args.backup_lambda}: it has to be from 0 to 1")
+    rewardbench = args.benchmark == "rewardbench"
+    fields = {"prompt": "prompt", "chosen": "text", "rejected": "text"} | ({"subset": "text"} if rewardbench else {})
+    known = {subset for counts in REWARDBENCH.values() for subset in counts}
+
+    def also(row):
+        if rewardbench and row["subset"] not in known:
+            return f'"subset" {row["subset"]!r} is none of RewardBench\'s'
+        return next((f'"{name}" is not a finite number: {row[name]!r}' for name in ("score_chosen", "score_rejected")
+                     if name in row and not (type(row[name]) in (int, float) and math.isfinite(row[name]))), None)
+
+    split = args.split or ("filtered" if rewardbench else "test_pairs")
+    rows = read_rows(args.data, split, fields, args.bad_rows, also)
+    result = {"data": args.data, "benchmark": args.benchmark, "models": {}}
+    for name, folder in models.items():
+        result["models"][name] = x = value_accuracy(folder, rows, args)
+        print(f"{name}: {x['pairs']} pairs of {args.data}, {x['dropped']} too long; tables by {x['aggregate']}")
+    result["seconds"] = time.time() - started
+    found = result["models"]
+    print_table("pair accuracy (95 % interval)", {name: x["pair_accuracy"] for name, x in found.items()})
+    for title, key in (("by margin of the true scores", "by_margin"), ("pairs with an answer of", "by_policy"),
+                       ("RewardBench subset", "subsets")):
+        if any(x.get(key) for x in found.values()):
+            print_table(title, {name: x.get(key, {}) for name, x in found.items()})
+    if rewardbench:
+        print_table("RewardBench section", {name: x["sections"][x["aggregate"]] for name, x in found.items()})
     if args.output:
         write_json(args.output, result, args.overwrite)
     return result
 
 
+# ---- 7. policy: is the policy better? ----
 @torch.no_grad()
 def answer(model, reference, tokenizer, prompt_ids, args):
     """Samples one answer to each prompt: [(token ids, KL estimate in nats: log pi - log pi_ref of the answer), ...]."""
     pad_id, answers = tokenizer.pad_token_id, []
     for start in tqdm(range(0, len(prompt_ids), args.batch_size), desc="answers", mininterval=1):
         batch = prompt_ids[start:start + args.batch_size]
-        responses = rollout(model, tokenizer, batch, args.max_response_length)
+        responses = generate(model, tokenizer, batch, args.max_response_length, [tokenizer.eos_token_id])
         ids, is_token, is_response = collate(list(zip(batch, responses)), pad_id, model.device)
         log_ratio = token_logp(model, ids, is_token) - token_logp(reference, ids, is_token)        # (B, T)
         answers += zip(responses, torch.where(is_response, log_ratio, 0.0).sum(-1).tolist())
@@ -411,21 +688,19 @@ def answer(model, reference, tokenizer, prompt_ids, args):
 def evaluate_policy(args):
     """Scores, win rates, KL to the reference, length and EOS rate of one or more policies on held-out prompts."""
     check_numbers(args)
-    names = [Path(model).name for model in args.models]
-    if len(set(names)) < len(names):
-        fail(f"--models: two models are called the same: {names}")
+    models = named(args.models)
     output = Path(args.output) if args.output else None
     if output and not args.overwrite and any((output / name).exists() for name in ("policy.json", "answers.jsonl")):
         fail(f"{output}: holds an evaluation. Choose another --output, or pass --overwrite")
-    judge, started = load_judge(args.judge), time.time()
+    judge, started = load_judge(args.judge) if args.judge else None, time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = read_rows(args.data, "test_prompts", {"prompt": "prompt"}, args.bad_rows)
-    reference = load(AutoModelForCausalLM, args.reference or args.models[0], kind="policy", dtype=torch.float32)
-    reference.eval().to(device)
-    vocabulary = load(AutoTokenizer, args.reference or args.models[0]).get_vocab()
+    reference = load(AutoModelForCausalLM, args.reference or next(iter(models.values())), kind="policy",
+                     dtype=torch.float32).eval().to(device)
+    vocabulary = load(AutoTokenizer, args.reference or next(iter(models.values()))).get_vocab()
     result = {"data": args.data, "judge": args.judge, "samples": args.samples, "models": {}, "win_rate": {}}
     scores, lines = {}, []
-    for name, path in zip(names, args.models):
+    for name, path in models.items():
         torch.manual_seed(args.seed)
         tokenizer = load(AutoTokenizer, path)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -438,25 +713,31 @@ def evaluate_policy(args):
         answers = answer(model, reference, tokenizer, [ids for _, ids in prompts for _ in range(args.samples)], args)
         asked = [prompt for prompt, _ in prompts for _ in range(args.samples)]
         written = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers]
-        judged = [judged_score(judge, args.judge, prompt, text) for prompt, text in zip(asked, written)]
-        scores[name] = torch.tensor(judged).view(-1, args.samples)                                 # (prompts, samples)
         kl = torch.tensor([kl for _, kl in answers]).view(-1, args.samples).mean(-1)
         length = torch.tensor([float(len(ids)) for ids, _ in answers])
         ended = torch.tensor([float(ids[-1] == tokenizer.eos_token_id) for ids, _ in answers])
-        result["models"][name] = {"score": bootstrap(scores[name].mean(-1), args.seed), "kl": bootstrap(kl, args.seed),
-                                  "response_length": length.mean().item(), "eos_rate": ended.mean().item(),
-                                  "prompts": len(prompts), "dropped": len(rows) - len(prompts)}
-        lines += [{"model": name, "prompt": prompt, "response": text, "score": score}
-                  for prompt, text, score in zip(asked, written, judged)]
-    for a in names:
+        result["models"][name] = {"kl": bootstrap(kl, args.seed), "response_length": length.mean().item(),
+                                  "eos_rate": ended.mean().item(), "prompts": len(prompts),
+                                  "dropped": len(rows) - len(prompts)}
+        said = [{"model": name, "prompt": prompt, "response": text} for prompt, text in zip(asked, written)]
+        if judge:
+            judged = [judged_score(judge, args.judge, prompt, text) for prompt, text in zip(asked, written)]
+            said = [line | {"score": score} for line, score in zip(said, judged)]
+            scores[name] = torch.tensor(judged).view(-1, args.samples)                             # (prompts, samples)
+            result["models"][name]["score"] = bootstrap(scores[name].mean(-1), args.seed)
+        lines += said
+    for a in scores:
         result["win_rate"][a] = {b: bootstrap(wins(scores[a], scores[b]).mean(-1), args.seed)
-                                 for b in names if b != a and scores[a].shape == scores[b].shape}
+                                 for b in scores if b != a and scores[a].shape == scores[b].shape}
+    if len({x.shape for x in scores.values()}) == 1:
+        result["outcomes"] = outcomes({name: x.flatten() for name, x in scores.items()})
     result["seconds"] = time.time() - started
     print(f"{'model':12} {'score':>7} {'95 % interval':>18} {'KL':>7} {'length':>7} {'EOS':>6}   win rate over")
     for name, x in result["models"].items():
-        versus = ", ".join(f"{b} {rate['mean']:.3f}" for b, rate in result["win_rate"][name].items())
-        print(f"{name:12} {x['score']['mean']:7.3f} {x['score']['low']:8.3f} to {x['score']['high']:.3f} "
-              f"{x['kl']['mean']:8.2f} {x['response_length']:7.1f} {x['eos_rate']:6.3f}   {versus}")
+        score, versus = x.get("score"), result["win_rate"].get(name, {}).items()
+        score = f"{score['mean']:7.3f} {score['low']:8.3f} to {score['high']:.3f}" if score else f"{'':25}"
+        print(f"{name:12} {score} {x['kl']['mean']:8.2f} {x['response_length']:7.1f} {x['eos_rate']:6.3f}   "
+              + ", ".join(f"{b} {rate['mean']:.3f}" for b, rate in versus))
     if output:
         output.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -465,7 +746,414 @@ def evaluate_policy(args):
     return result
 
 
-COMMANDS = {"values": (ValuesArgs, evaluate_values), "policy": (PolicyArgs, evaluate_policy)}
+# ---- 8. answers: MT-Bench, AlpacaEval, Arena-Hard (Tables 1, 2, 10) ----
+# Read from the official tools: FastChat 0e6d3e4b (llm_judge), alpaca_eval cd543a14, arena-hard-auto 196f6b82.
+BENCHMARKS = {
+    "mt_bench": {"id": "question_id", "fields": {"question_id", "category", "turns", "reference"},
+                 "optional": {"reference"}, "max_new_tokens": 1024},
+    # AlpacaEval leaves the settings to the model. These are the most frequent of its models_configs.
+    "alpaca_eval": {"id": "instruction", "fields": {"instruction", "dataset", "output", "generator"},
+                    "optional": {"dataset", "output", "generator"}, "max_new_tokens": 2048, "temperature": 0.7},
+    "arena_hard": {"id": "uid", "fields": {"uid", "category", "subcategory", "cluster", "prompt"},
+                   "optional": {"category", "subcategory", "cluster"}, "max_new_tokens": 4096, "temperature": 0.0},
+}
+MT_BENCH_TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+                         "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
+MT_BENCH_IDS = range(81, 161)
+
+
+def question_problem(benchmark, row):
+    """What is wrong with a row of a question file, in words; None if nothing is."""
+    known = BENCHMARKS[benchmark]
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for fields, problem in ((known["fields"] - known["optional"] - set(row), "no field"),
+                            (set(row) - known["fields"], "unknown field")):
+        if fields:
+            return f'{problem} "{min(fields)}" (a question of {benchmark} has {", ".join(sorted(known["fields"]))})'
+    if not isinstance(row[known["id"]], (str, int)):
+        return f'"{known["id"]}" is not a string or number'
+    turns = row["turns"] if benchmark == "mt_bench" else [row[known["id"] if benchmark == "alpaca_eval" else "prompt"]]
+    if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
+        return "a question is empty or not a string"
+    if benchmark == "mt_bench" and row["category"] not in MT_BENCH_TEMPERATURES:
+        return f'"category" {row["category"]!r} has no temperature (there are {", ".join(MT_BENCH_TEMPERATURES)})'
+    return None
+
+
+def benchmark_questions(path, benchmark, bad_rows):
+    """[(row, [turn, ...], temperature), ...] of a benchmark's own question file."""
+    found, settings = {}, BENCHMARKS[benchmark]
+    for number, row in json_rows(path, "--questions"):
+        problem = question_problem(benchmark, row)
+        if not problem and row[settings["id"]] in found:
+            problem = f'an earlier question has the same "{settings["id"]}"'
+        if problem and bad_rows == "error":
+            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+        if problem:
+            print(f"{path}:{number}: skipped, {problem}")
+            continue
+        turns = row["turns"] if benchmark == "mt_bench" else [row.get("prompt") or row["instruction"]]
+        temperature = settings.get("temperature", MT_BENCH_TEMPERATURES.get(row.get("category")))
+        found[row[settings["id"]]] = row, turns, temperature
+    absent = [str(i) for i in MT_BENCH_IDS if i not in found] if benchmark == "mt_bench" else []
+    if absent and bad_rows == "error":
+        fail(f"{path}: MT-Bench has questions 81 to 160; {', '.join(absent[:5])} ({len(absent)} in all) are not here: "
+             f"the official judge refuses such answers. Complete it, or pass --bad_rows skip")
+    return list(found.values()) or fail(f"{path}: no usable question")
+
+
+def official(benchmark, name, row, turns, written_at):
+    """An answer as the official tool wants it. turns: [text, ...]."""
+    if benchmark == "mt_bench":
+        return {"question_id": row["question_id"], "answer_id": uuid.uuid4().hex, "model_id": name,
+                "choices": [{"index": 0, "turns": turns}], "tstamp": written_at}
+    if benchmark == "alpaca_eval":
+        return {"instruction": row["instruction"], "output": turns[0], "generator": name} | (
+            {"dataset": row["dataset"]} if "dataset" in row else {})
+    return {"uid": row["uid"], "ans_id": uuid.uuid4().hex, "model": name,
+            "messages": [{"role": "user", "content": row["prompt"]},
+                         {"role": "assistant", "content": {"answer": turns[0]}}], "tstamp": written_at}
+
+
+def load_chat_model(folder):
+    """A policy that writes answers, and its tokenizer: bfloat16 on a GPU, as benchmarks are run."""
+    tokenizer = load(AutoTokenizer, folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        fail(f"{folder}: the tokenizer has no chat template, so it cannot be asked a question")
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    return load(AutoModelForCausalLM, folder, kind="policy", dtype=dtype).eval().to(device), tokenizer
+
+
+def answer_turn(model, tokenizer, conversations, temperature, most, batch_size):
+    """The next assistant turn of each conversation (a list of chat messages): a list of texts.
+
+    A question that leaves no room in the context is answered by an "ERROR" that says so: it stays in the file, where
+    it can be seen and counts as a bad answer. (FastChat's own tool writes "ERROR" too.)
+    """
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    stop = model.generation_config.eos_token_id               # a chat model may have several, <|eot_id|> and more
+    stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
+    prompts, texts = [encode_prompt(tokenizer, messages) for messages in conversations], {}
+    roomy = [i for i, ids in enumerate(prompts) if len(ids) + most <= context]
+    batches = [roomy[start:start + batch_size] for start in range(0, len(roomy), batch_size)]
+    batches += [[i] for i in range(len(prompts)) if i not in roomy]           # alone: each gets what room it has
+    for batch in batches:
+        room = min(most, context - max(len(prompts[i]) for i in batch))
+        if room < 1:
+            texts[batch[0]] = f"ERROR: the question has {len(prompts[batch[0]])} tokens, the model's context {context}"
+            continue
+        written = generate(model, tokenizer, [prompts[i] for i in batch], room, sorted(stop), temperature)
+        for i, ids in zip(batch, written):
+            texts[i] = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return [texts[i] for i in range(len(prompts))]
+
+
+def evaluate_answers(args):
+    """Answers a benchmark's questions. NAME.jsonl.part grows batch by batch; the finished file takes its place."""
+    check_numbers(args)
+    (name, folder), = named([args.model], "--model").items()
+    known = BENCHMARKS[args.benchmark]
+    final = Path(args.output) / (f"{name}.json" if args.benchmark == "alpaca_eval" else f"{name}.jsonl")
+    part = final.with_name(final.name + ".part")              # not *.jsonl: the official tools read all of those
+    new_output(final, args.overwrite)
+    questions = benchmark_questions(args.questions, args.benchmark, args.bad_rows)
+    most = args.max_new_tokens or known["max_new_tokens"]
+    settings = {"model": folder, "benchmark": args.benchmark, "max_new_tokens": most, "batch_size": args.batch_size,
+                "seed": args.seed, "questions": hashlib.sha256(json.dumps([row for row, _, _ in questions]).encode())
+                .hexdigest()}
+    done, lines = {}, part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []   # a cut line is none
+    if lines and not args.overwrite:
+        begun = json.loads(lines[0])
+        differ = [key for key, value in settings.items() if begun.get(key) != value]
+        if differ:
+            fail(f"{part}: was begun with another --{differ[0]}: {begun.get(differ[0])}. Go on with that, or pass "
+                 f"--overwrite to begin anew")
+        done = {number: answer for line in lines[1:] for number, answer in json.loads(line)}
+        print(f"{part}: {len(done)} of {len(questions)} questions are answered already")
+    model, tokenizer = load_chat_model(folder)
+    part.parent.mkdir(parents=True, exist_ok=True)
+    kept = lines if done else [json.dumps(settings)]
+    part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    # Batches of one temperature, and of one number of turns; the longest questions first, so that memory runs out at
+    # once or never. A batch has a seed of its own: a run that was stopped writes what it would have written.
+    kinds = [(temperature, len(turns)) for _, turns, temperature in questions]
+    batches = []
+    for i in sorted(range(len(questions)), key=lambda i: (kinds[i], -len(questions[i][1][0]), i)):
+        if not batches or batches[-1][0] != kinds[i] or len(batches[-1][1]) == args.batch_size:
+            batches.append((kinds[i], []))
+        batches[-1][1].append(i)
+    for number, ((temperature, turns), batch) in enumerate(tqdm(batches, desc=args.benchmark)):
+        if batch[0] in done:
+            continue
+        torch.manual_seed(args.seed * 100_003 + number)
+        conversations = [[] for _ in batch]
+        for turn in range(turns):
+            for i, messages in zip(batch, conversations):
+                messages.append({"role": "user", "content": questions[i][1][turn]})
+            texts = answer_turn(model, tokenizer, conversations, temperature, most, args.batch_size)
+            for messages, text in zip(conversations, texts):
+                messages.append({"role": "assistant", "content": text})
+        said = [[message["content"] for message in messages[1::2]] for messages in conversations]
+        done |= {i: [turns, time.time()] for i, turns in zip(batch, said)}
+        with open(part, "a", encoding="utf-8") as file:       # a batch is one line: it is there, or it is not
+            file.write(json.dumps([[i, done[i]] for i in batch]) + "\n")
+    records = [official(args.benchmark, name, row, *done[i]) for i, (row, _, _) in enumerate(questions)]
+    text = json.dumps(records, indent=2) if args.benchmark == "alpaca_eval" else "\n".join(map(json.dumps, records))
+    finished = part.with_name(part.name + ".finished")
+    finished.write_text(text + "\n", encoding="utf-8")
+    finished.replace(final)
+    part.unlink()
+    errors = sum(text.startswith("ERROR: the question has") for turns, _ in done.values() for text in turns)
+    print(f"{final}: {len(records)} answers; {errors} turns had no room in the model's context")
+    return records
+
+
+# ---- 9. judge: a language model scores the answers (Figure 2, Appendix I) ----
+RUBRIC = """Review the user's question and the corresponding response using the additive 5-point scoring system \
+described below. Points are accumulated based on the satisfaction of each criterion:
+- Add 1 point if the response is relevant and provides some information related to the user's inquiry, even if it is \
+incomplete or contains some irrelevant content.
+- Add another point if the response addresses a substantial portion of the user's question, but does not completely \
+resolve the query or provide a direct answer.
+- Award a third point if the response answers the basic elements of the user's question in a useful way, regardless of \
+whether it seems to have been written by an AI Assistant or if it has elements typically found in blogs or search \
+results.
+- Grant a fourth point if the response is clearly written from an AI Assistant's perspective, addressing the user's \
+question directly and comprehensively, and is well-organized and helpful, even if there is slight room for improvement \
+in clarity, conciseness or focus.
+- Bestow a fifth point for a response that is impeccably tailored to the user's question by an AI Assistant, without \
+extraneous information, reflecting expert knowledge, and demonstrating a high-quality, engaging, and insightful answer.
+After examining the user's instruction and the response, please first give the total score. Then provide a brief \
+explanation of your total score, up to 100 words. Output with the following format: Score: <total score> Evaluation \
+evidence: <your brief explanation here>
+Remember to assess from the AI Assistant perspective, utilizing web search knowledge as necessary. To evaluate the \
+response in alignment with this additive scoring model, we'll systematically attribute points based on the outlined \
+criteria."""
+
+
+def judge_messages(prompt, response):
+    """Appendix I: the rubric as system prompt, one question and one response as user prompt. (Misprints are mended.)"""
+    if not isinstance(prompt, str):                           # chat messages
+        prompt = "\n".join(message["content"] if len(prompt) == 1 else f"{message['role']}: {message['content']}"
+                           for message in prompt)
+    return [{"role": "system", "content": RUBRIC},
+            {"role": "user", "content": f"<Question>: {prompt}\n<response>: {response}"}]
+
+
+def parse_verdict(text):
+    """"Score: 4 Evaluation evidence: ..." -> 4; None for anything else. A verdict is read or counted, never guessed.
+
+    Whole points from 0 to 5, in the format asked for. "Score: 4/5" and asterisks around the words pass; a second score
+    that differs, a fraction, a range, or words before the score do not.
+    """
+    text = text.replace("*", "").strip()
+    verdict = re.match(r"Score:\s*([0-5])(?:\s*/\s*5)?[\s.,;]*Evaluation evidence:", text)
+    scores = {float(score) for score in re.findall(r"Score:\s*(\d+(?:\.\d+)?)", text)}
+    return int(verdict[1]) if verdict and len(scores) == 1 else None
+
+
+def read_answers(files, bad_rows):
+    """{model: {(prompt as JSON, number of the answer): response}}: the same keys, in the same order, for all."""
+    models, source = {}, {}
+    for name, file in named(files, "--answers").items():
+        mine = {}
+        for number, row in json_rows(file, "--answers"):
+            if isinstance(row, dict) and "instruction" in row:                 # AlpacaEval's model_outputs.json
+                row = {"model": row.get("generator"), "prompt": row["instruction"], "response": row.get("output")}
+            problem = row_problem(row, {"model": "text", "prompt": "prompt"})
+            if problem or not isinstance(row.get("response"), str):
+                fail(f"{file}:{number}: " + (problem or 'no field "response" that is a text'))
+            mine.setdefault(row["model"], {}).setdefault(json.dumps(row["prompt"]), []).append(row["response"])
+        if f"{name}={file}" in files:
+            if len(mine) > 1:
+                fail(f"--answers {name}={file}: holds the answers of {len(mine)} models, which cannot all be {name!r}")
+            mine = {name: answers for answers in mine.values()}
+        for model, answers in mine.items():
+            if model in models:
+                fail(f"--answers: {source[model]} and {file} both have a model {model!r}. Name one: OTHER={file}")
+            models[model] = {(prompt, n): text for prompt, texts in answers.items() for n, text in enumerate(texts)}
+            source[model] = file
+    every = dict.fromkeys(key for answers in models.values() for key in answers)
+    shared = [key for key in every if all(key in answers for answers in models.values())]
+    for model, answers in models.items():
+        absent = [prompt for prompt, n in every if (prompt, n) not in answers]
+        if absent and bad_rows == "error":
+            fail(f"{source[model]}: {model} lacks {len(absent)} answers that another model has, the first to "
+                 f"{absent[0]:.80}. Complete it, or pass --bad_rows skip: the {len(shared)} that all have are compared")
+    if not shared:
+        fail(f"--answers {' '.join(files)}: no prompt that all models have answered")
+    return {model: {key: answers[key] for key in shared} for model, answers in models.items()}
+
+
+def ask(args, key, messages, stopped):
+    """One chat completion from --judge_url: {"text", "prompt_tokens", "completion_tokens"}. Raises RuntimeError.
+
+    A reply that is late, dropped, malformed or refused for now (429, 5xx) is asked for again, each time after twice the
+    pause, or after what Retry-After says. What will not get better (a wrong key, model or address) ends it at once.
+    stopped  threading.Event, set when the run has failed elsewhere
+    """
+    def bearer(request):                                      # as auth=, for a header would give way to a .netrc file
+        request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    problem = "stopped"
+    for attempt in range(args.retries + 1):
+        if stopped.is_set():
+            break
+        pause = min(60.0, 2.0 ** attempt) * random.uniform(0.5, 1.0)
+        try:
+            reply = requests.post(args.judge_url.rstrip("/") + "/chat/completions", auth=bearer, timeout=args.timeout,
+                                  allow_redirects=False, json={"model": args.judge_model, "messages": messages,
+                                                               "temperature": 0, "max_tokens": args.max_new_tokens})
+            problem = f"HTTP {reply.status_code}: {reply.text[:300]}"
+            if reply.status_code == 200:
+                content, usage = reply.json(), {}
+                text = content["choices"][0]["message"]["content"]
+                if isinstance(text, str):
+                    usage = content.get("usage") or {}
+                    return {"text": text} | {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
+                problem = f"a reply without text: {reply.text[:300]}"
+            elif reply.status_code not in (408, 409, 425, 429) and reply.status_code < 500:
+                break
+            if reply.headers.get("Retry-After", "").isdigit():
+                pause = min(600.0, float(reply.headers["Retry-After"]))
+        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        stopped.wait(pause if attempt < args.retries else 0)
+    raise RuntimeError(problem.replace(key, "***"))           # some servers repeat the key that they refuse
+
+
+def ask_address(args, key, jobs, record):
+    """Asks --judge_url all jobs, --concurrency at a time. record(job, reply) is called as replies come in."""
+    stopped, lock, problems = threading.Event(), threading.Lock(), []
+
+    def work(job):
+        try:
+            reply = ask(args, key, job[1], stopped)
+            with lock:                                        # kept at once: an interrupted run must not pay twice
+                record(job, reply)
+        except RuntimeError as problem:
+            problems.append(problem)
+            stopped.set()
+
+    pool = ThreadPoolExecutor(args.concurrency)
+    try:
+        for future in tqdm(as_completed([pool.submit(work, job) for job in jobs]), total=len(jobs), desc="judge"):
+            future.result()
+            if problems:
+                break
+    finally:                                                  # Ctrl-C too: what is under way ends, and is kept
+        stopped.set()
+        pool.shutdown(cancel_futures=True)
+    if problems:
+        fail(f"{args.judge_url}: the judge gives no answer ({problems[0]}). What it has answered is kept: the same "
+             f"command goes on from there")
+
+
+def ask_folder(args, jobs, record):
+    """The same with a model in a folder, greedily. A prompt beyond its context gets an "ERROR", which is no verdict."""
+    model, tokenizer = load_chat_model(args.judge_model)
+    jobs = sorted(jobs, key=lambda job: len(job[1][1]["content"]))             # little padding
+    for start in tqdm(range(0, len(jobs), args.batch_size), desc="judge"):
+        batch = jobs[start:start + args.batch_size]
+        texts = answer_turn(model, tokenizer, [messages for _, messages in batch], 0.0, args.max_new_tokens,
+                            args.batch_size)
+        for job, text in zip(batch, texts):
+            record(job, {"text": text})
+
+
+def evaluate_judge(args):
+    """Scores of Appendix I, and the wins that follow. Every reply is kept in replies.jsonl: it is paid for once."""
+    check_numbers(args)
+    key, address = os.environ.get("OPENAI_API_KEY", "").strip(), urllib.parse.urlsplit(args.judge_url)
+    if args.judge_url and (address.scheme not in ("http", "https") or not address.hostname):
+        fail(f"--judge_url {args.judge_url}: not an address such as https://api.openai.com/v1")
+    if address.username or address.password or address.query:
+        fail("--judge_url: a key does not belong in the address, which is logged. Put it into OPENAI_API_KEY")
+    if args.judge_url and not re.fullmatch(r"[!-~]+", key):
+        fail("--judge_url needs a key in the environment variable OPENAI_API_KEY (a server that wants none: any word)")
+    if not args.judge_url and not Path(args.judge_model).is_dir():
+        fail(f"--judge_model {args.judge_model}: no such folder. For a model behind an address, pass --judge_url")
+    output = Path(args.output)
+    for name in ("judge.json", "verdicts.jsonl"):
+        new_output(output / name, args.overwrite or args.dry_run)
+    models = read_answers(args.answers, args.bad_rows)
+
+    # One request per answer: Appendix I shows the judge one response at a time. "The sequence of responses was
+    # randomized": which model's answer to a question is sent first is drawn per question, and recorded.
+    place, needed = {}, {}
+    for number, which in enumerate(next(iter(models.values()))):
+        order = random.Random(f"{args.seed} {number}").sample(sorted(models), len(models))
+        for position, model in enumerate(order, 1):
+            messages = judge_messages(json.loads(which[0]), models[model][which])
+            asked = [args.judge_model, args.judge_url, args.max_new_tokens, messages]
+            identity = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+            place[model, which] = position, identity
+            needed[identity] = messages                       # equal answers are judged once
+    replies, kept = {}, output / "replies.jsonl"
+    for number, line in enumerate(kept.read_text(encoding="utf-8").split("\n")[:-1] if kept.exists() else [], 1):
+        try:
+            reply = json.loads(line)
+            replies[reply["request"]] = reply
+        except (ValueError, LookupError, TypeError):
+            fail(f"{kept}:{number}: not a reply that was kept here. Delete the line: that request is sent again")
+    jobs = [(identity, messages) for identity, messages in needed.items() if identity not in replies]
+    characters = sum(len(message["content"]) for _, messages in jobs for message in messages)
+    print(f"{len(place)} answers of {len(models)} models; {len(needed) - len(jobs)} verdicts are there; {len(jobs)} "
+          f"requests to make: about {characters // 4:,} tokens in (4 characters each), at most "
+          f"{len(jobs) * args.max_new_tokens:,} out")
+    if args.dry_run:
+        return None
+    output.mkdir(parents=True, exist_ok=True)
+    if kept.exists() and not kept.read_bytes().endswith(b"\n"):                # a line that was cut off is no reply
+        kept.write_text("".join(json.dumps(reply) + "\n" for reply in replies.values()), encoding="utf-8")
+
+    def record(job, reply):
+        replies[job[0]] = {"request": job[0], "judge": args.judge_model} | reply
+        with open(kept, "a", encoding="utf-8") as file:
+            file.write(json.dumps(replies[job[0]]) + "\n")
+
+    if args.judge_url:
+        ask_address(args, key, jobs, record)
+    elif jobs:
+        ask_folder(args, jobs, record)
+
+    verdicts = [{"model": model, "prompt": json.loads(which[0]), "response": answers[which],
+                 "position": place[model, which][0], "score": parse_verdict(replies[place[model, which][1]]["text"]),
+                 "verdict": replies[place[model, which][1]]["text"]}
+                for model, answers in models.items() for which in answers]
+    result = {"answers": args.answers, "judge_model": args.judge_model, "judge_url": args.judge_url, "models": {},
+              "tokens": {name: sum(replies[identity].get(name) or 0 for identity in needed)
+                         for name in ("prompt_tokens", "completion_tokens")}}
+    scores = {model: torch.tensor([math.nan if line["score"] is None else float(line["score"]) for line in verdicts
+                                   if line["model"] == model], dtype=torch.float64) for model in models}
+    prompts = [which[0] for which in next(iter(models.values()))]
+    for model, x in scores.items():
+        known = ~x.isnan()                                    # (N,)
+        of = [prompt for prompt, there in zip(prompts, known.tolist()) if there]
+        result["models"][model] = {"score": bootstrap(x[known], args.seed, of) if of else None, "answers": len(x),
+                                   "unreadable": int((~known).sum()),
+                                   "points": {str(n): int((x == n).sum()) for n in range(6)}}
+    result["outcomes"] = outcomes(scores)                     # a win rate counts a tie half: win + tie / 2
+    result["unjudged"] = sum(x["unreadable"] for x in result["models"].values())
+    print(f"{'model':12} {'score':>6} {'95 % interval':>16} {'unreadable':>11}   wins / ties / losses over")
+    for model, x in result["models"].items():
+        score = x["score"]
+        score = f"{score['mean']:6.2f} {score['low']:8.2f} to {score['high']:.2f}" if score else f"{'none':>6} {'':16}"
+        print(f"{model:12} {score} {x['unreadable']:11}   " + ", ".join(
+            f"{b} {it['win']:.0%} / {it['tie']:.0%} / {it['lose']:.0%}" for b, it in result["outcomes"][model].items()
+            if it["pairs"]))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
+    (output / "verdicts.jsonl").write_text(text, encoding="utf-8")
+    write_json(output / "judge.json", result, args.overwrite)
+    return result
+
+
+# ---- 10. Main ----
+COMMANDS = {"values": (ValuesArgs, evaluate_values), "policy": (PolicyArgs, evaluate_policy),
+            "answers": (AnswersArgs, evaluate_answers), "judge": (JudgeArgs, evaluate_judge)}
 
 
 def main(argv):

@@ -2,11 +2,14 @@
 
     python figures.py tokens --gvm runs/atlas/gvm --output runs/atlas/figures
     python figures.py curves --runs runs/atlas/dvpo --judge atlas.py:oracle --output runs/atlas/figures
+    python figures.py wins --results runs/atlas/eval/policy.json --output runs/atlas/figures
     python figures.py compare --results results/compare.json --output runs/atlas/figures
 
 `tokens` is the paper's Figure 3: every token of one or more answers, coloured by the value the GVM gives right after it
-(PNG, and a self-contained HTML page in which the mouse shows the numbers).
-`curves` is Figure 4: what the policy's answers were worth, step by step.
+(PNG, and a self-contained HTML page in which the mouse shows the numbers). The PNG has right-to-left text in the right
+order, but matplotlib joins no Arabic or Hindi letters and knows no coloured emoji: for these, see the page.
+`curves` is Figure 4: what the policy's answers were worth, step by step; seeds become a mean and a band.
+`wins` is Figure 2: how often one model's answer beats, equals and loses to each other model's.
 `compare` draws what `make compare` measured: all methods, against rollouts and against time.
 """
 import html
@@ -14,6 +17,8 @@ import importlib.util
 import json
 import math
 import sys
+import textwrap
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +26,9 @@ import matplotlib
 import numpy
 import torch
 import yaml
-from transformers import AutoConfig, AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser
+from matplotlib import font_manager
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
+                          HfArgumentParser)
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
@@ -37,15 +44,25 @@ class TokensArgs:
     responses: list[str] = HfArg(default_factory=lambda: [
         "Beijing is not an island, but it is in Asia. It is the capital of China.",
         "Beijing is an island, and it is in Asia. It is the capital of China."], help="answers to compare")
+    policy: str = HfArg(default="", help="language model whose probability of each token the page shows as well")
     output: str = HfArg(default="runs/atlas/figures", help="folder for tokens.png and tokens.html")
     overwrite: bool = HfArg(default=False, help="replace the figures that are there")
 
 
 @dataclass
 class CurvesArgs:
-    runs: list[str] = HfArg(default_factory=lambda: ["runs/atlas/dvpo"], help="run folders, the outputs of training")
+    runs: list[str] = HfArg(default_factory=lambda: ["runs/atlas/dvpo"], help="run folders, or NAME=FOLDER; "
+                            "runs of the same name (without NAME=: the folder's) are seeds of one curve")
     judge: str = HfArg(default="", help="FILE.py:FUNCTION, (prompt, response) -> score: draws the true score as well")
     output: str = HfArg(default="runs/atlas/figures", help="folder for curves.png")
+    overwrite: bool = HfArg(default=False, help="replace the figure that is there")
+
+
+@dataclass
+class WinsArgs:
+    results: str = HfArg(default="runs/atlas/eval/policy.json", help="what evaluate.py policy or judge wrote")
+    model: str = HfArg(default="", help="whose wins to draw, against all others (default: the last in the file)")
+    output: str = HfArg(default="runs/atlas/figures", help="folder for wins.png")
     overwrite: bool = HfArg(default=False, help="replace the figure that is there")
 
 
@@ -153,6 +170,12 @@ def new_file(folder, name, overwrite):
     return path
 
 
+def read_json(path, maker):
+    if not Path(path).is_file():
+        fail(f"{path}: no such file ({maker} writes it)")
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def token_texts(tokenizer, ids):
     """The text that each token adds: with byte-level tokens one character may need several; the last one shows it."""
     texts, shown = [], ""
@@ -168,133 +191,297 @@ def token_texts(tokenizer, ids):
 
 # ---- 3. Token values (Figure 3) ----
 @torch.no_grad()
-def response_values(gvm, tokenizer, prompt, response):
-    """[(text of the token, its value in units of the training scores), ...] of one response, EOS included."""
-    prompt_ids, ids = encode_prompt(tokenizer, prompt), encode_response(tokenizer, response)
-    q = gvm(input_ids=torch.tensor([[*prompt_ids, *ids]])).logits[0, len(prompt_ids):, 0].float()  # (T,)
-    made = getattr(gvm.config, "gvm", {"reward_std": 1.0, "reward_mean": 0.0})
-    return list(zip(token_texts(tokenizer, ids), (q * made["reward_std"] + made["reward_mean"]).tolist()))
+def response_values(gvm, tokenizer, prompt, response, policy=None):
+    """[(text, value, change, probability), ...] of the tokens of one response, EOS included.
+
+    The value is in units of the training scores. The first token's change is from V(s_1), read at the last token of the
+    prompt. probability is that of the token under the policy (None without one).
+    """
+    prompt_ids, response_ids = encode_prompt(tokenizer, prompt), encode_response(tokenizer, response)
+    context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (gvm, policy or gvm))
+    length = len(prompt_ids) + len(response_ids)
+    if length > context:
+        fail(f"--responses {response!r:.40}: with the prompt it has {length} tokens, the model's context is {context}")
+    ids = torch.tensor([[*prompt_ids, *response_ids]])
+    scale = getattr(gvm.config, "gvm", {"reward_std": 1.0, "reward_mean": 0.0})
+    q = gvm(input_ids=ids).logits[0, len(prompt_ids) - 1:, 0].float() * scale["reward_std"] + scale["reward_mean"]
+    probability = [None] * len(response_ids)
+    if policy:
+        logits = policy(input_ids=ids).logits[0, len(prompt_ids) - 1:-1].float()  # (T, V): a position has seen s_t
+        probability = logits.softmax(-1)[range(len(response_ids)), response_ids].tolist()
+    return list(zip(token_texts(tokenizer, response_ids), q[1:].tolist(), q.diff().tolist(), probability))
 
 
-def colour(value, limit):
-    """Red below zero, white at zero, blue above; one scale for all answers. Value -> (r, g, b, a)."""
-    return matplotlib.colormaps["RdBu"](0.5 + 0.3 * max(-1.0, min(1.0, value / limit)))
+# Red, white, blue, all light enough for dark text.
+COLOURS = matplotlib.colors.ListedColormap(matplotlib.colormaps["RdBu"](numpy.linspace(0.2, 0.8, 255)))
 
 
-def draw_tokens(path, prompt, answers, columns=88):
+def colour_scale(gvm, answers):
+    """One scale for all answers: white is the mean of the training scores, the largest distance from it is an end."""
+    centre = getattr(gvm.config, "gvm", {"reward_mean": 0.0})["reward_mean"]
+    limit = max(abs(value - centre) for answer in answers for _, value, _, _ in answer) or 1.0
+    return matplotlib.colors.Normalize(centre - limit, centre + limit)
+
+
+def heading(number, answer):
+    values = [value for _, value, _, _ in answer]
+    return f"Answer {number + 1}: mean {sum(values) / len(values):+.2f}, last {values[-1]:+.2f}, {len(values)} tokens"
+
+
+def right_to_left(text):
+    """Is its first letter one of a right-to-left script?"""
+    letters = (unicodedata.bidirectional(character) for character in text)
+    return next((kind for kind in letters if kind in ("L", "R", "AL")), "L") != "L"
+
+
+def choose_fonts(text):
+    """Installed fonts that have the text's characters between them, and the set of characters that none has."""
+    missing, fonts = {ord(c) for c in text if unicodedata.category(c)[0] != "C"}, []     # C: control, private, ...
+    for name in ["DejaVu Sans Mono", "DejaVu Sans", *sorted({font.name for font in font_manager.fontManager.ttflist})]:
+        if missing and not name.startswith("Last Resort"):                     # that one has a box for everything
+            found = missing & font_manager.get_font(font_manager.findfont(name)).get_charmap().keys()
+            fonts, missing = fonts + [name] * bool(found), missing - found
+    return fonts, set(map(chr, missing))
+
+
+def drawable(text, missing):
+    """A token as matplotlib can draw it: visible, from left to right, an unknown character as its code point."""
+    shown = text.replace("\n", "\u21b5").strip() or ("\u00b7" if text else "\u2026")    # white space; half a character
+    return "".join(f"U+{ord(c):04X}" if c in missing or unicodedata.category(c)[0] == "C" else c
+                   for c in (reversed(shown) if right_to_left(shown) else shown))
+
+
+def lay_out(answer, columns, missing):
+    """[(row, column, width, text, value), ...]: tokens in rows of so many columns of a monospaced font."""
+    boxes, row, column, mirrored = [], 0, 0, right_to_left("".join(text for text, *_ in answer))
+    for text, value, _, _ in answer:
+        shown = drawable(text, missing)
+        shown = shown if len(shown) <= 20 else shown[:19] + "\u2026"
+        width = max(sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in shown), 5) + 1
+        if column and column + width > columns:
+            row, column = row + 1, 0
+        boxes.append((row, columns - column - width if mirrored else column, width, shown, value))
+        row, column = (row + 1, 0) if "\n" in text else (row, column + width)
+    return boxes
+
+
+def draw_tokens(path, prompt, answers, scale):
     """The heat map as a PNG. answers: one response_values list per answer."""
-    limit = max(abs(value) for answer in answers for _, value in answer) or 1.0
-    boxes, row = [], 0
-    for number, answer in enumerate(answers, 1):
-        boxes.append((row, 0, f"Answer {number}", None))
-        row, column = row + 1, 0
-        for text, value in answer:
-            text = text.replace("\n", "\u21b5").strip() or "\u00b7"
-            width = max(len(text), 5) + 1
-            if column and column + width > columns:
-                row, column = row + 1, 0
-            boxes.append((row, column, text, value))
-            column += width
-        row += 1
-    figure, axes = plt.subplots(figsize=(0.115 * columns, 0.42 * row + 0.6))
-    axes.set(xlim=(0, columns), ylim=(row + 0.1, -0.1))
+    texts = [prompt, *(text for answer in answers for text, *_ in answer)]
+    fonts, missing = choose_fonts("".join(texts) + "U+0123456789ABCDEF\u21b5\u00b7\u2026")
+    for columns in (88, 44):                                                   # long answers stand side by side
+        blocks = [lay_out(answer, columns, missing) for answer in answers]
+        rows = [block[-1][0] + 2 for block in blocks]                          # one for the heading
+        if len(answers) == 1 or max(rows) <= 5:
+            break
+    beside = columns == 44
+    width, height = (46 * len(answers), max(rows)) if beside else (columns + 2, sum(rows))
+    lines = textwrap.wrap(prompt, width if prompt.isascii() else width // 2, max_lines=4, placeholder=" \u2026")
+    top = 1.7 + 0.7 * len(lines)                                               # rows above the answers
+    size = (0.092 * width, 0.33 * (height + top))
+    figure = plt.figure(figsize=size)
+    axes = figure.add_axes([0, 0, 1, 1], xlim=(-1, width - 1), ylim=(height, -top))
     axes.axis("off")
-    axes.set_title(prompt.replace("$", r"\$"), loc="left", fontsize=11)
-    for row, column, text, value in boxes:
-        label = text.replace("$", r"\$")
-        if value is None:
-            axes.text(column, row + 0.7, label, fontsize=9, fontweight="bold")
-            continue
-        width = max(len(text), 5) + 0.85
-        axes.add_patch(plt.Rectangle((column, row + 0.04), width, 0.92, color=colour(value, limit), linewidth=0))
-        axes.text(column + width / 2, row + 0.42, label, ha="center", fontsize=8, family="monospace")
-        axes.text(column + width / 2, row + 0.86, f"{value:+.2f}", ha="center", fontsize=6, color="#333333")
-    figure.savefig(path, dpi=160, bbox_inches="tight")
+    for number, line in enumerate(lines, 1):
+        words = [drawable(word, missing) for word in line.split()]
+        axes.text(0, 0.7 * number - top, " ".join(words[::-1] if right_to_left(line) else words), fontsize=11,
+                  family=["DejaVu Sans", *fonts], parse_math=False)
+    bar = axes.inset_axes([1, -1.2, 28, 0.35], transform=axes.transData)
+    figure.colorbar(matplotlib.cm.ScalarMappable(scale, COLOURS), cax=bar, orientation="horizontal", format="{x:+.2f}",
+                    ticks=numpy.linspace(scale.vmin, scale.vmax, 3))
+    bar.tick_params(labelsize=7, length=2)
+    for number, (block, answer) in enumerate(zip(blocks, answers)):
+        left, first = (46 * number, 0) if beside else (0, sum(rows[:number]))
+        axes.text(left, first + 0.7, heading(number, answer), fontsize=9, fontweight="bold")
+        for row, column, wide, shown, value in block:
+            x, y = left + column, first + 1 + row
+            axes.add_patch(plt.Rectangle((x, y + 0.04), wide - 0.15, 0.92, color=COLOURS(scale(value)), linewidth=0))
+            axes.text(x + wide / 2, y + 0.46, shown, ha="center", fontsize=8, family=fonts, parse_math=False)
+            axes.text(x + wide / 2, y + 0.86, f"{value:+.2f}", ha="center", fontsize=6, color="#111111")
+    figure.savefig(path, dpi=min(160, 60000 / max(size)))                      # a side has at most 65535 pixels
     plt.close(figure)
 
 
-def write_token_page(path, prompt, answers):
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Token values</title><style>
+body{font:16px/1.9 sans-serif;margin:2em auto 4em;padding:0 1em;max-width:110em;color:#111;background:#fff}
+h1{font-size:1.2em;line-height:1.4;max-height:9em;overflow:auto}h2{font-size:1em;margin:0}p{margin:0}
+h1,section p{white-space:break-spaces;overflow-wrap:anywhere}
+#scale{display:flex;justify-content:space-between;max-width:25em;padding:0 .5em;margin:.5em 0 1.5em}
+#answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24em),1fr));gap:1.5em 2.5em}
+span{padding:.15em 0}.thin{padding:.15em .12em;border-left:1px solid #888}
+i::before{content:"\\21b5";font-style:normal;color:#444}
+span:hover{outline:2px solid #111}
+span:hover::after{content:attr(data-t);position:fixed;left:1em;bottom:1em;max-width:90vw;padding:.2em .8em;
+background:#111;color:#fff;direction:ltr;white-space:normal;z-index:1}
+</style></head><body>
+"""
+
+
+def write_token_page(path, prompt, answers, scale):
     """The heat map as one HTML page without any outside file. All text is escaped: an answer may contain HTML."""
-    limit = max(abs(value) for answer in answers for _, value in answer) or 1.0
-    parts = []
-    for number, answer in enumerate(answers, 1):
-        spans, before = [], None
-        for text, value in answer:
-            change = "" if before is None else f", change {value - before:+.3f}"
-            hover = html.escape(f"{text.strip() or repr(text)}: value {value:+.3f}{change}", quote=True)
-            shade = matplotlib.colors.to_hex(colour(value, limit))
-            spans.append(f'<span style="background:{shade}" title="{hover}">{html.escape(text)}</span>')
-            before = value
-        parts.append(f"<h2>Answer {number}</h2>\n<p dir=\"auto\">{''.join(spans)}</p>")
-    style = ("body{font:16px/1.9 sans-serif;max-width:50em;margin:2em auto;padding:0 1em;color:#111;background:#fff}"
-             "p{white-space:pre-wrap}span{padding:.15em 0}h1{font-size:1.2em}h2{font-size:1em;margin-bottom:0}")
-    path.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Token values</title>'
-        f"<style>{style}</style></head><body>\n<h1>{html.escape(prompt)}</h1>\n"
-        f"<p>The value Q(tau, s, a) of each token, read after it: blue above zero, red below (scale &plusmn;"
-        f"{limit:.2f}). Move the mouse over a token for the numbers.</p>\n"
-        f"{chr(10).join(parts)}\n</body></html>\n", encoding="utf-8")
+    shades = ",".join(matplotlib.colors.to_hex(COLOURS(x)) for x in numpy.linspace(0, 1, 9))
+    numbers = "".join(f"<b>{value:+.2f}</b>" for value in numpy.linspace(scale.vmin, scale.vmax, 3))
+    parts = [PAGE, f'<h1 dir="auto">{html.escape(prompt)}</h1>\n<p>Q(tau, s, a) of each token, read after it. '
+             "White: the mean of the training scores. Point at a token: its numbers appear at the bottom.</p>\n"
+             f'<div id="scale" style="background:linear-gradient(90deg,{shades})">{numbers}</div>\n',
+             '<div id="answers">\n']
+    for number, answer in enumerate(answers):
+        parts.append(f'<section><h2>{heading(number, answer)}</h2>\n<p dir="auto">')
+        for text, value, change, probability in answer:
+            name = text if text.isprintable() and text.strip() else ascii(text) if text else "part of a character"
+            hover = f"{name}: value {value:+.3f}, change {change:+.3f}"
+            hover += "" if probability is None else f", probability {probability:.3g}"
+            # Nothing to point at (a part of a character, a joiner, an accent): the token is a thin bar.
+            thin = ' class="thin"' * all(unicodedata.category(c)[0] in "CM" and c != "\n" for c in text)
+            shown = html.escape(text).replace("\r", "&#13;").replace("\n", "<i></i>\n")
+            parts.append(f'<span{thin} style="background:{matplotlib.colors.to_hex(COLOURS(scale(value)))}" '
+                         f'data-t="{html.escape(hover)}">{shown}</span>')
+        parts.append("</p></section>\n")
+    path.write_text("".join([*parts, "</div>\n</body></html>\n"]), encoding="utf-8")
 
 
 def tokens(args):
     png = new_file(args.output, "tokens.png", args.overwrite)
     page = new_file(args.output, "tokens.html", args.overwrite)
-    tokenizer = load(AutoTokenizer, args.gvm)
+    for text in [args.prompt, *args.responses]:
+        if not text.strip() or any("\ud800" <= character <= "\udfff" for character in text):
+            fail(f"--prompt and --responses: {text!r:.40} is empty, or not UTF-8")
+    tokenizer, policy = load(AutoTokenizer, args.gvm), None
     gvm = load(AutoModelForTokenClassification, args.gvm, kind="value", dtype=torch.float32).eval()
-    answers = [response_values(gvm, tokenizer, args.prompt, response) for response in args.responses]
-    draw_tokens(png, args.prompt, answers)
-    write_token_page(page, args.prompt, answers)
+    if args.policy:
+        policy = load(AutoModelForCausalLM, args.policy, kind="policy", dtype=torch.float32).eval()
+        if load(AutoTokenizer, args.policy).get_vocab() != tokenizer.get_vocab():
+            fail(f"--policy {args.policy}: its vocabulary is not that of {args.gvm}")
+    answers = [response_values(gvm, tokenizer, args.prompt, response, policy) for response in args.responses]
+    scale = colour_scale(gvm, answers)
+    draw_tokens(png, args.prompt, answers, scale)
+    write_token_page(page, args.prompt, answers, scale)
     print(f"{png}\n{page}")
 
 
 # ---- 4. Learning curves (Figure 4) ----
 def read_lines(path):
-    """The rows of a JSON-lines log of this project."""
+    """The rows of a JSON-lines log of this project. A last line that was cut off (a run that was killed) is no row."""
     if not path.is_file():
         fail(f"{path}: no such file. Is {path.parent} the run folder of a policy?")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    *lines, last = path.read_bytes().split(b"\n")                              # bytes: it may be cut inside a character
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as problem:
+            fail(f"{path}:{number}: invalid JSON ({problem}). Remove the line, or run the training again")
+    return rows
+
+
+def read_run(folder, judge, place):
+    """The records of a run folder's metrics.jsonl, with the judge's mean score of the step, if there is a judge."""
+    records = read_lines(Path(folder) / "metrics.jsonl")
+    if not records or "step" not in records[0]:
+        fail(f"{folder}: has no steps in its metrics.jsonl. Is it the run folder of a policy, of an online method?")
+    records = [({"value": record["reward"]} if "reward" in record else {}) | record for record in records]   # baselines
+    if judge:
+        scores = {}
+        for row in read_lines(Path(folder) / "rollouts.jsonl"):
+            scores.setdefault(row["step"], []).append(judged_score(judge, place, row["prompt"], row["response"]))
+        records = [record | {"score": numpy.mean(scores[record["step"]])} for record in records
+                   if record["step"] in scores]                                # a run that was killed may lack the last
+    return records or fail(f"{folder}: rollouts.jsonl has no answers of the steps in metrics.jsonl")
+
+
+# What the runs of one name may differ in: the seed, where things are, and how the run was run.
+MAY_DIFFER = {"seed", "model", "gvm", "reward_model", "data", "output", "overwrite", "resume", "save_steps", "log_with"}
+
+
+def check_same_settings(name, folders):
+    """Ends the program if two runs of one name are no seeds of one experiment."""
+    first, *others = folders
+    for folder in others:
+        a, b = (read_json(Path(run) / "args.json", "the training script") for run in (first, folder))
+        for flag in sorted((a.keys() | b.keys()) - MAY_DIFFER):
+            if a.get(flag) != b.get(flag):
+                fail(f"{name}: {first} was made with --{flag} {a.get(flag)}, {folder} with {b.get(flag)}. They are no "
+                     f"seeds of one curve: give them different names (NAME=FOLDER)")
 
 
 def curves(args):
     png = new_file(args.output, "curves.png", args.overwrite)
-    judge = load_judge(args.judge) if args.judge else None
-    panels = {"value": "GVM value, or reward model's\nscore, of the answers",
-              "kl": "KL to the reference\n(nats per answer)", "response_length": "answer length (tokens)",
-              "entropy": "entropy (nats per token)"}
-    if judge:
-        panels = {"score": "true score of the answers"} | panels
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 2.8), layout="constrained")
+    judge, names = load_judge(args.judge) if args.judge else None, {}
     for run in args.runs:
-        records = read_lines(Path(run) / "metrics.jsonl")
-        if not records or "step" not in records[0]:
-            fail(f"{run}: has no steps in its metrics.jsonl. Is it the run folder of a policy?")
-        steps = [record["step"] for record in records]
-        if judge:
-            scores = {step: [] for step in steps}
-            for row in read_lines(Path(run) / "rollouts.jsonl"):               # a run that was killed may lack the last
-                scores[row["step"]].append(judged_score(judge, args.judge, row["prompt"], row["response"]))
-            records = [record | {"score": sum(scores[record["step"]]) / len(scores[record["step"]])}
-                       for record in records]
-        for panel, name in zip(axes, panels):
-            column = "reward" if name == "value" and name not in records[0] else name      # a baseline
-            panel.plot(steps, [record[column] for record in records], label=Path(run).name, linewidth=1.2)
-    for panel, title in zip(axes, panels.values()):
-        panel.set_xlabel("step (one batch of rollouts)")
-        panel.set_ylabel(title)
+        name, _, folder = run.partition("=") if "=" in run and not Path(run).is_dir() else ("", "", run)
+        names.setdefault(name or Path(folder).resolve().name, []).append(folder)
+    lines = {}                                                                 # {label: [records of a seed, ...]}
+    for name, folders in names.items():
+        check_same_settings(name, folders)
+        seeds = [read_run(folder, judge, args.judge) for folder in folders]
+        shortest = min(map(len, seeds))
+        if shortest < max(map(len, seeds)):
+            print(f"{name}: runs of {', '.join(str(len(seed)) for seed in seeds)} steps, the first {shortest} drawn")
+        lines[f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"] = [seed[:shortest] for seed in seeds]
+    panels = {"score": "true score of the answers", "value": "GVM value or reward-model score, own scale",
+              "kl": "KL to the reference (nats per answer)", "response_length": "answer length (tokens)",
+              "entropy": "entropy (nats per token)", "clip_fraction": "clip fraction"}
+    panels = {metric: title for metric, title in panels.items()
+              if any(metric in seed[0] for seeds in lines.values() for seed in seeds)}
+    figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.4), layout="constrained")
+    for panel, metric in zip(axes.flat, panels):
+        for number, (label, seeds) in enumerate(lines.items()):
+            if metric not in seeds[0][0]:
+                continue                                                       # ReMax clips nothing
+            steps = [record["step"] for record in seeds[0]]
+            y = numpy.array([[record[metric] for record in seed] for seed in seeds])               # (seeds, steps)
+            panel.plot(steps, y.mean(0), label=label, color=f"C{number}", linewidth=1.3)
+            if len(seeds) > 1:
+                panel.fill_between(steps, y.min(0), y.max(0), color=f"C{number}", alpha=0.15, linewidth=0)
+        panel.set_title(panels[metric], fontsize=9, loc="left")
+        panel.set_xlabel("step (one batch of rollouts)", fontsize=9)
         panel.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    for panel in axes.flat[len(panels):]:
+        panel.remove()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9,
+                  title="mean, lowest and highest of the seeds" if max(map(len, lines.values())) > 1 else None)
     figure.savefig(png, dpi=150)
     plt.close(figure)
     print(png)
 
 
-# ---- 5. Comparison (Tables 1, 2, 7 and Figure 4 in kind) ----
+# ---- 5. Wins (Figure 2) ----
+def win_bars(args):
+    """How often --model's answer ("left") wins against, ties with and loses to every other model's ("right")."""
+    png = new_file(args.output, "wins.png", args.overwrite)
+    results = read_json(args.results, "evaluate.py policy or judge")
+    outcomes = results.get("outcomes") or fail(f'{args.results}: no "outcomes" in it. evaluate.py judge writes them, '
+                                               "and evaluate.py policy with --judge and two models")
+    left = args.model or list(outcomes)[-1]
+    if left not in outcomes:
+        fail(f"--model {left}: {args.results} has {', '.join(outcomes)}")
+    rows = outcomes[left] or fail(f"{args.results}: {left} is alone in it, with nothing to be compared with")
+    labels = [f"{right}\n({row['pairs']} pairs)" for right, row in rows.items()]
+    figure, axes = plt.subplots(figsize=(7.5, 1.3 + 0.55 * len(rows)), layout="constrained")
+    start = numpy.zeros(len(rows))
+    for outcome, colour in (("win", "#6baed6"), ("tie", "#d9d9d9"), ("lose", "#f4a582")):
+        share = numpy.array([100 * row[outcome] for row in rows.values()])
+        bars = axes.barh(range(len(rows)), share, left=start, color=colour, height=0.72, label=f"{left} {outcome}s")
+        axes.bar_label(bars, [f"{x:.0f}" if x >= 3 else "" for x in share], label_type="center", fontsize=9)
+        start += share
+    axes.set_yticks(range(len(rows)), labels, fontsize=9)
+    axes.invert_yaxis()
+    unjudged = f"; {results['unjudged']} answers without a verdict left out" if results.get("unjudged") else ""
+    axes.set(xlim=(0, 100), xlabel=f"% of the pairs of answers{unjudged}")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    figure.savefig(png, dpi=150)
+    plt.close(figure)
+    print(png)
+
+
+# ---- 6. Comparison (Tables 1, 2, 7 and Figure 4 in kind) ----
 def compare(args):
     """results/compare.json as a picture: score against rollouts, against time, and on held-out prompts."""
     png = new_file(args.output, "compare.png", args.overwrite)
-    if not Path(args.results).is_file():
-        fail(f"{args.results}: no such file (make compare writes it)")
-    results = json.loads(Path(args.results).read_text(encoding="utf-8"))
+    results = read_json(args.results, "make compare")
     seeds, methods = list(results["seeds"].values()), ["SFT", *results["methods"]]
     figure, (by_rollouts, by_time, final) = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
     for number, method in enumerate(methods):
@@ -302,7 +489,7 @@ def compare(args):
         mean = sum(scores) / len(scores)
         final.plot([mean], [-number], "o", color=colour_)
         final.plot(scores, [-number] * len(scores), "|", color=colour_, markersize=12)
-        final.text(mean, 0.18 - number, f"{mean:.2f}", ha="center", fontsize=8)
+        final.text(mean, 0.24 - number, f"{mean:.2f}", ha="center", fontsize=8)
         if "curve" not in seeds[0][method]:
             continue                                                           # SFT and DPO have no rollouts
         curve = numpy.array([seed[method]["curve"] for seed in seeds])                             # (seeds, steps)
@@ -325,8 +512,9 @@ def compare(args):
     print(png)
 
 
-# ---- 6. Main ----
-COMMANDS = {"tokens": (TokensArgs, tokens), "curves": (CurvesArgs, curves), "compare": (CompareArgs, compare)}
+# ---- 7. Main ----
+COMMANDS = {"tokens": (TokensArgs, tokens), "curves": (CurvesArgs, curves), "wins": (WinsArgs, win_bars),
+            "compare": (CompareArgs, compare)}
 
 
 def main(argv):

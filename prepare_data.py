@@ -246,7 +246,8 @@ def pair_rows(question, most, rng, counts):
             counts["ties: no pair made"] += 1
             continue
         chosen, rejected = (a, b) if a["reward"] > b["reward"] else (b, a)
-        made.append({"prompt": question.prompt, "chosen": chosen["response"], "rejected": rejected["response"]}
+        made.append({"prompt": question.prompt, "chosen": chosen["response"], "rejected": rejected["response"],
+                     "score_chosen": chosen["reward"], "score_rejected": rejected["reward"]}
                     | ({"policy_chosen": chosen["policy"], "policy_rejected": rejected["policy"]}
                        if "policy" in chosen and "policy" in rejected else {}))
     return rows + made

@@ -58,12 +58,12 @@ def main():
     train_gvm.main(train_gvm.Args(
         model=str(base), data=args.data, output=f"{args.output}/gvm", supervision=args.supervision, lr=5e-4, epochs=1,
         max_length=args.max_length, eval_every=200, overwrite=True))
-    result = evaluate.evaluate_values(evaluate.ValuesArgs(model=f"{args.output}/gvm", data=args.data,
+    result = evaluate.evaluate_values(evaluate.ValuesArgs(models=[f"{args.output}/gvm"], data=args.data,
                                                           max_length=args.max_length))
     pairs = [(len(row["chosen"]), len(row["rejected"]))
              for row in map(json.loads, (Path(args.data) / "test_pairs.jsonl").open(encoding="utf-8"))]
     longer = sum((c > r) + 0.5 * (c == r) for c, r in pairs) / len(pairs)
-    accuracy = result["pair_accuracy"]
+    accuracy = result["models"]["gvm"]["pair_accuracy"]
     print(f"longer wins {longer:.3f}, shorter wins {1 - longer:.3f} (all {len(pairs)} held-out pairs, in characters)")
     print(f"GVM, mean value {accuracy['mean']['mean']:.3f}, last value {accuracy['last']['mean']:.3f}")
 

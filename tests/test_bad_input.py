@@ -128,7 +128,7 @@ def test_models_in_the_wrong_place(stage, sft_run, gvm_run):
     fails(lambda: stage("dvpo", model=str(gvm_run)), "LlamaForTokenClassification; a language model is wanted")
     fails(lambda: stage("dvpo", gvm=str(sft_run)), "LlamaForCausalLM; a value model is wanted")
     fails(lambda: stage("gvm", model=str(gvm_run)), "a language model is wanted")
-    fails(lambda: evaluate.evaluate_values(evaluate.ValuesArgs(model=str(sft_run))), "a value model is wanted")
+    fails(lambda: evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(sft_run)])), "a value model is wanted")
     fails(lambda: evaluate.evaluate_policy(evaluate.PolicyArgs(models=[str(gvm_run)], data=str(sft_run.parent / "data"),
                                                                judge=str(ROOT / "atlas.py:oracle"))), "a language model")
 
@@ -200,7 +200,7 @@ def test_judges(sft_run, world, tmp_path):
     fails(lambda: run("nowhere.py:oracle"), "no file 'nowhere.py'")
     fails(lambda: run(f"{ROOT / 'atlas.py'}:oracel"), "has no function 'oracel'")
     fails(lambda: run("oracle"), "wants FILE.py:FUNCTION")
-    fails(lambda: evaluate.evaluate_policy(evaluate.PolicyArgs(models=["a/x", "b/x"])), "called the same")
+    fails(lambda: evaluate.evaluate_policy(evaluate.PolicyArgs(models=["a/x", "b/x"])), "a/x and b/x are both called 'x'")
 
 
 def test_the_exit_status_of_the_command_line():

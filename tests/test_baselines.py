@@ -550,10 +550,3 @@ def test_a_reward_model_of_another_architecture(ppo_args, again, world, tmp_path
     args = again(ppo_args, reward_model=str(tmp_path / "small"), steps=1)
     fails(lambda: ppo.main(args), "not the architecture of .*--critic_init sft")
     ppo.main(again(args, critic_init="sft"))
-
-
-def test_value_models_of_every_kind_can_be_evaluated(reward_model_run, world):
-    import evaluate
-    result = evaluate.evaluate_values(evaluate.ValuesArgs(model=str(reward_model_run), data=str(world / "data")))
-    assert 0 <= result["pair_accuracy"]["last"]["mean"] <= 1
-    assert train_gvm.pair_accuracy(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])) == 0.75

@@ -1,14 +1,13 @@
-"""Numbers and pictures: statistics against known answers, and files that survive hostile text."""
-import html.parser
+"""Numbers: statistics against known answers."""
 import json
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import ROOT, read_lines
-from transformers import AutoTokenizer
 
 import evaluate
-import figures
 
 
 def test_bootstrap_covers_the_mean():
@@ -28,14 +27,99 @@ def test_wins():
     assert (evaluate.wins(a, b) + evaluate.wins(b, a) == 1).all()
 
 
-def test_values_agrees_with_training(gvm_run, gvm_args, tmp_path):
-    args = evaluate.ValuesArgs(model=str(gvm_run), data=gvm_args.data, output=str(tmp_path / "values.json"))
+def test_values_agrees_with_training(gvm_run, gvm_args, reward_model_run, reward_model_args, tmp_path, capsys):
+    args = evaluate.ValuesArgs(models=[str(gvm_run), f"rm={reward_model_run}"], data=gvm_args.data,
+                               output=str(tmp_path / "values.json"))
     result = evaluate.evaluate_values(args)
     logged = read_lines(gvm_run / "metrics.jsonl")[-1]["pair_accuracy"]
-    assert {name: x["mean"] for name, x in result["pair_accuracy"].items()} == pytest.approx(logged)
+    found = result["models"]["gvm"]["pair_accuracy"]
+    assert {name: found[name]["mean"] for name in logged} == pytest.approx(logged) and set(found) - set(logged) == {"backup"}
+    logged = read_lines(reward_model_run / "metrics.jsonl")[-1]["pair_accuracy"]
+    assert result["models"]["rm"]["pair_accuracy"]["last"]["mean"] == pytest.approx(logged)
+    assert (result["models"]["gvm"]["aggregate"], result["models"]["rm"]["aggregate"]) == ("mean", "last")
     assert json.loads((tmp_path / "values.json").read_text()) == result
+    assert f"{found['mean']['mean']:.3f} ({found['mean']['low']:.3f} to" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="exists already"):
         evaluate.evaluate_values(args)
+
+
+def test_values_by_margin_and_by_policy(gvm_run, gvm_args):
+    """Every pair is in one group of margins, and in the group of each policy that wrote one of its answers."""
+    rows = read_lines(Path(gvm_args.data) / "test_pairs.jsonl")
+    result = evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=gvm_args.data))["models"]["gvm"]
+    margins, policies = result["by_margin"], result["by_policy"]
+    assert len(margins) == 4 and sum(x["pairs"] for x in margins.values()) == len(rows)
+    mean = sum(x["mean"] * x["pairs"] for x in margins.values()) / len(rows)
+    assert mean == pytest.approx(result["pair_accuracy"]["mean"]["mean"])
+    margin = numpy.array([abs(row["score_chosen"] - row["score_rejected"]) for row in rows])
+    edges = [*numpy.quantile(margin, (0, 0.25, 0.5, 0.75)), numpy.inf]
+    assert [x["pairs"] for x in margins.values()] == [((low <= margin) & (margin < high)).sum() for low, high in zip(edges, edges[1:])]
+    assert list(margins)[0].startswith(f"{edges[0]:.3g} to {edges[1]:.3g}")
+    for policy, x in policies.items():
+        assert x["pairs"] == sum(policy in (row["policy_chosen"], row["policy_rejected"]) for row in rows)
+    assert evaluate.margin_groups([{"score_chosen": 1, "score_rejected": 0.5}] * 3) == {"0.5": [0, 1, 2]}
+    assert evaluate.margin_groups([{"score_chosen": 1, "score_rejected": 0.5}, {}]) == {} == evaluate.policy_groups([{}])
+
+
+def test_no_sequence_is_scored_twice(gvm_run, gvm_args, monkeypatch):
+    """Atlas's pairs share answers: as many rows pass through the model as there are different ones, sorted by length."""
+    rows = read_lines(Path(gvm_args.data) / "test_pairs.jsonl")
+    seen, collate = [], evaluate.collate
+
+    def counted(sequences, *others):
+        seen.append([len(prompt) + len(response) for prompt, response in sequences])
+        return collate(sequences, *others)
+
+    monkeypatch.setattr(evaluate, "collate", counted)
+    evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=gvm_args.data, batch_size=10))
+    different = {(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")}
+    lengths = [length for batch in seen for length in batch]
+    assert len(lengths) == len(different) < 2 * len(rows) and lengths == sorted(lengths)
+
+
+def test_bellman_backup_against_a_loop():
+    generator = torch.Generator().manual_seed(3)
+    q, mask = torch.randn(4, 9, generator=generator, dtype=torch.float64), torch.zeros(4, 9, dtype=torch.bool)
+    for row, (start, end) in enumerate(((1, 9), (3, 4), (2, 7), (5, 8))):
+        mask[row, start:end] = True
+    for gamma, lam in ((1.0, 0.95), (1.0, 0.0), (1.0, 1.0), (0.9, 0.5)):
+        found = evaluate.bellman_backup(q, mask, gamma, lam)
+        for row in range(4):
+            values = q[row][mask[row]].tolist()
+            g = values[-1]                                    # G_T = Q_T
+            for value in reversed(values[:-1]):               # from G_{t+1} to the target of t
+                g = gamma * ((1 - lam) * values[values.index(value) + 1] + lam * g)
+            assert found[row].item() == pytest.approx(gamma * ((1 - lam) * values[0] + lam * g))
+    first, last = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0)), evaluate.last_token(mask)
+    assert torch.equal(evaluate.bellman_backup(q, mask, 1.0, 1.0), q[last])
+    assert torch.equal(evaluate.bellman_backup(q, mask, 1.0, 0.0), q[first])
+    # Appendix B's rewards, Q_t - gamma Q_{t+1}, sum up to the first value.
+    q_next = torch.nn.functional.pad(torch.where(mask, q, 0.0)[:, 1:], (0, 1))
+    assert torch.allclose(torch.where(mask, q - q_next, 0.0).sum(-1), q[first])
+
+
+def test_a_critic_is_read_before_the_last_token(ppo_run, world):
+    """Its value behind EOS was never trained: another value there changes nothing."""
+    args = evaluate.ValuesArgs(models=[str(ppo_run / "critic")], data=str(world / "data"))
+    model, tokenizer, _ = evaluate.load_value_model(str(ppo_run / "critic"))
+    assert model.config.critic
+    sequences = [(evaluate.encode_prompt(tokenizer, "Is Malta an island?"), evaluate.encode_response(tokenizer, "Yes."))]
+    ids = torch.tensor([[*sequences[0][0], *sequences[0][1]]])
+    value = model(ids).logits[0, len(sequences[0][0]):, 0]
+    scores = evaluate.score_answers(model, sequences, args, tokenizer.pad_token_id)
+    assert scores["last"].item() == pytest.approx(value[-2].item()) and scores["mean"].item() == pytest.approx(value[:-1].mean().item())
+
+
+def test_outcomes():
+    scores = {"a": torch.tensor([1.0, 2.0, 3.0, torch.nan]), "b": torch.tensor([0.0, 2.0, 4.0, 1.0])}
+    table = evaluate.outcomes(scores)
+    assert table["a"]["b"] == {"win": 1 / 3, "tie": 1 / 3, "lose": 1 / 3, "pairs": 3} and set(table["b"]) == {"a"}
+
+
+def test_names():
+    assert evaluate.named(["runs/a/gvm", "large=runs/b/gvm/"]) == {"gvm": "runs/a/gvm", "large": "runs/b/gvm/"}
+    with pytest.raises(SystemExit, match="runs/a/gvm and runs/b/gvm are both called 'gvm'"):
+        evaluate.named(["runs/a/gvm", "runs/b/gvm"])
 
 
 def test_policy(sft_run, dvpo_run, world, tmp_path):
@@ -49,75 +133,11 @@ def test_policy(sft_run, dvpo_run, world, tmp_path):
         assert result["models"][name]["score"]["mean"] == pytest.approx(sum(line["score"] for line in mine) / len(mine))
     assert result["models"]["sft"]["kl"]["mean"] == pytest.approx(0, abs=1e-6) != result["models"]["dvpo"]["kl"]["mean"]
     assert result["win_rate"]["sft"]["dvpo"]["mean"] + result["win_rate"]["dvpo"]["sft"]["mean"] == pytest.approx(1)
+    shares = result["outcomes"]["dvpo"]["sft"]
+    assert shares["win"] + shares["tie"] / 2 == pytest.approx(result["win_rate"]["dvpo"]["sft"]["mean"])
+    unjudged = evaluate.evaluate_policy(evaluate.PolicyArgs(**vars(args) | {"judge": "", "output": ""}))
+    assert unjudged["models"]["dvpo"]["kl"] == result["models"]["dvpo"]["kl"] and "score" not in unjudged["models"]["dvpo"]
     again = evaluate.evaluate_policy(evaluate.PolicyArgs(**vars(args) | {"output": ""}))
     assert again["models"] == result["models"]                                 # the same seed, the same samples
     with pytest.raises(SystemExit, match="holds an evaluation"):
         evaluate.evaluate_policy(args)
-
-
-HOSTILE = ["<script>alert('x')</script> & \"quotes\" $math$ \\alpha", "日本 🙂 é", "שלום world", "two\nlines", "."]
-
-
-class Text(html.parser.HTMLParser):
-    """Collects the text of the answers and the tags of a page."""
-    def __init__(self):
-        super().__init__()
-        self.tags, self.text, self.inside = [], [], False
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.inside = tag == "span"
-        if tag == "p":
-            self.text.append("")
-
-    def handle_endtag(self, tag):
-        self.inside = False
-
-    def handle_data(self, data):
-        if self.inside:
-            self.text[-1] += data
-
-
-def test_token_figures(gvm_run, tmp_path):
-    figures.main(["tokens", "--gvm", str(gvm_run), "--prompt", HOSTILE[0], "--responses", *HOSTILE, "--output", str(tmp_path)])
-    assert (tmp_path / "tokens.png").read_bytes().startswith(b"\x89PNG")
-    page, text = (tmp_path / "tokens.html").read_text(encoding="utf-8"), Text()
-    text.feed(page)
-    assert "script" not in text.tags and "http" not in page                    # escaped, and self-contained
-    answers = [answer.removesuffix("<|end|>") for answer in text.text if answer]
-    assert answers == HOSTILE                                                  # every character is there, once
-    with pytest.raises(SystemExit, match="exists already"):
-        figures.main(["tokens", "--gvm", str(gvm_run), "--output", str(tmp_path)])
-
-
-def test_token_texts_add_up(world):
-    tokenizer = AutoTokenizer.from_pretrained(world / "base")
-    for text in HOSTILE:
-        ids = figures.encode_response(tokenizer, text)
-        parts = figures.token_texts(tokenizer, ids)
-        assert len(parts) == len(ids) and "".join(parts) == text + "<|end|>"
-
-
-def test_comparison_figure(tmp_path):
-    def seed(shift):
-        curve = {"curve": [shift + step / 10 for step in range(7)]}
-        return {"SFT": {"oracle": 0.0}, "DVPO": {"oracle": 0.5 + shift} | curve, "PPO": {"oracle": 0.4 + shift} | curve,
-                "DPO": {"oracle": 0.3 + shift}}
-
-    (tmp_path / "compare.json").write_text(json.dumps({
-        "seeds": {"1": seed(0.0), "2": seed(0.1)}, "methods": {"DVPO": {}, "PPO": {}, "DPO": {}}, "rollouts_per_step": 60,
-        "step_seconds": {"DVPO": {"total": 1.0}, "PPO": {"total": 1.7}}}))
-    command = ["compare", "--results", str(tmp_path / "compare.json"), "--output", str(tmp_path)]
-    figures.main(command)
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match="exists already"):
-        figures.main(command)
-    with pytest.raises(SystemExit, match="make compare writes it"):
-        figures.main(["compare", "--results", str(tmp_path / "none.json"), "--output", str(tmp_path / "other")])
-
-
-def test_curves(dvpo_run, ppo_run, tmp_path):
-    figures.main(["curves", "--runs", str(dvpo_run), str(ppo_run), "--judge", str(ROOT / "atlas.py:oracle"), "--output", str(tmp_path)])
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit, match="no such file"):
-        figures.main(["curves", "--runs", str(tmp_path), "--output", str(tmp_path / "other")])

@@ -29,7 +29,7 @@ def test_from_nothing_to_summary(tmp_path):
     run("train_gvm.py", "--model", folder / "sft", "--output", folder / "gvm", *shared, *TINY["train_gvm"])
     run("train_dvpo.py", "--model", folder / "sft", "--gvm", folder / "gvm", "--output", folder / "dvpo", *shared,
         *TINY["train_dvpo"])
-    run("evaluate.py", "values", "--model", folder / "gvm", "--data", folder / "data", "--output", folder / "eval" / "values.json")
+    run("evaluate.py", "values", "--models", folder / "gvm", "--data", folder / "data", "--output", folder / "eval" / "values.json")
     run("evaluate.py", "policy", "--models", folder / "sft", folder / "dvpo", "--data", folder / "data",
         "--judge", "atlas.py:oracle", "--output", folder / "eval", "--samples", 1)
     run("figures.py", "tokens", "--gvm", folder / "gvm", "--output", folder / "figures")
