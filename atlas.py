@@ -16,6 +16,7 @@ import hashlib
 import json
 import random
 import re
+import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -395,6 +396,7 @@ def preference_pairs(rows, per_prompt, rng):
             if a["reward"] != b["reward"]:
                 chosen, rejected = (a, b) if a["reward"] > b["reward"] else (b, a)
                 pairs.append({"prompt": prompt, "chosen": chosen["response"], "rejected": rejected["response"],
+                              "score_chosen": chosen["reward"], "score_rejected": rejected["reward"],
                               "policy_chosen": chosen["policy"], "policy_rejected": rejected["policy"]})
     return pairs
 
@@ -471,6 +473,14 @@ def write_world(output, seed, overwrite):
     write_data(building / "data", seed)
     (building / "base" / "args.json").write_text(json.dumps(
         {"seed": seed, "parameters": parameters, "seconds": round(time.time() - started, 1)}, indent=2) + "\n")
+    base, command = str(output / "base"), f"python atlas.py world --output {shlex.quote(str(output))} --seed {seed}"
+    (building / "base" / "README.md").write_text(
+        f"---\nlibrary_name: transformers\ntags: [dvpo, atlas]\n---\n# Base model of Atlas\n\n{parameters:,} "
+        f"parameters, randomly initialised: it knows nothing yet. Its tokenizer was trained on the texts of Atlas. "
+        f"sft.py starts here.\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({base!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n```\n\nMade by\n\n```\n{command}\n```\n",
+        encoding="utf-8")
     for name in ("base", "data"):
         shutil.rmtree(output / name, ignore_errors=True)
         (building / name).rename(output / name)
@@ -495,7 +505,8 @@ def read_summary(run):
                          "eos_rate": model["eos_rate"]}
     rate = policy["win_rate"]["dvpo"]["sft"]
     summary["dvpo"] |= {"win_rate_vs_sft": rate["mean"], "win_rate_interval": [rate["low"], rate["high"]]}
-    summary["gvm"] = {"pair_accuracy": {name: x["mean"] for name, x in values["pair_accuracy"].items()}}
+    accuracy = values["models"]["gvm"]["pair_accuracy"]
+    summary["gvm"] = {"pair_accuracy": {name: x["mean"] for name, x in accuracy.items()}}
     summary["seconds"] = {"data": world["seconds"], "evaluate": values["seconds"] + policy["seconds"]}
     summary["seconds"] |= {stage: last_line(stage)["seconds"] for stage in ("sft", "gvm", "dvpo")}
     return summary

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-import requests
 import torch
 import yaml
 from tqdm import tqdm
@@ -177,7 +176,7 @@ def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
     """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
 
     data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
-              split "test" is read where a "test_*" file is asked for, else "train"
+              split "test" is read for a "test_*" file, "train" for our other files, and any other split by its name
     bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
     """
     path = Path(data) / f"{split}.jsonl"
@@ -188,7 +187,8 @@ def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
     else:
         import datasets
         try:
-            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test") else "train")
+            theirs = {"sft": "train", "scored": "train", "pairs": "train", "rl": "train"}.get(split, split)
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test_") else theirs)
         except Exception as problem:
             fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
     rows, skipped = [], 0
@@ -457,6 +457,16 @@ def json_rows(path, flag):
         return rows
     except (OSError, EOFError, ValueError, RecursionError) as problem:
         fail(f"{path}{f':{number}' if number else ''}: not a file of JSON lines, nor a JSON list ({problem})")
+
+
+def whole_lines(path):
+    """The lines of a file that grows line by line, [] without one. A last line that was cut off, when whoever wrote it
+    was stopped, is taken off the file: what is appended next would continue it."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    os.truncate(path, content.rfind(b"\n") + 1)
+    return content.decode(errors="replace").split("\n")[:-1]
 
 
 def load_judge(place):
@@ -863,8 +873,8 @@ def evaluate_answers(args):
     settings = {"model": folder, "benchmark": args.benchmark, "max_new_tokens": most, "batch_size": args.batch_size,
                 "seed": args.seed, "questions": hashlib.sha256(json.dumps([row for row, _, _ in questions]).encode())
                 .hexdigest()}
-    done, lines = {}, part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []   # a cut line is none
-    if lines and not args.overwrite:
+    done, lines = {}, [] if args.overwrite else whole_lines(part)
+    if lines:
         begun = json.loads(lines[0])
         differ = [key for key, value in settings.items() if begun.get(key) != value]
         if differ:
@@ -874,8 +884,8 @@ def evaluate_answers(args):
         print(f"{part}: {len(done)} of {len(questions)} questions are answered already")
     model, tokenizer = load_chat_model(folder)
     part.parent.mkdir(parents=True, exist_ok=True)
-    kept = lines if done else [json.dumps(settings)]
-    part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    if not lines:
+        part.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     # Batches of one temperature, and of one number of turns; the longest questions first, so that memory runs out at
     # once or never. A batch has a seed of its own: a run that was stopped writes what it would have written.
     kinds = [(temperature, len(turns)) for _, turns, temperature in questions]
@@ -994,6 +1004,8 @@ def ask(args, key, messages, stopped):
     pause, or after what Retry-After says. What will not get better (a wrong key, model or address) ends it at once.
     stopped  threading.Event, set when the run has failed elsewhere
     """
+    import requests                                           # here: nothing else needs it
+
     def bearer(request):                                      # as auth=, for a header would give way to a .netrc file
         request.headers["Authorization"] = f"Bearer {key}"
         return request
@@ -1056,6 +1068,11 @@ def ask_folder(args, jobs, record):
     """The same with a model in a folder, greedily. A prompt beyond its context gets an "ERROR", which is no verdict."""
     model, tokenizer = load_chat_model(args.judge_model)
     jobs = sorted(jobs, key=lambda job: len(job[1][1]["content"]))             # little padding
+    try:
+        encode_prompt(tokenizer, jobs[0][1])
+    except Exception:                                         # a chat template without system prompts: in front, then
+        jobs = [(identity, [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}])
+                for identity, (system, user) in jobs]
     for start in tqdm(range(0, len(jobs), args.batch_size), desc="judge"):
         batch = jobs[start:start + args.batch_size]
         texts = answer_turn(model, tokenizer, [messages for _, messages in batch], 0.0, args.max_new_tokens,
@@ -1093,7 +1110,7 @@ def evaluate_judge(args):
             place[model, which] = position, identity
             needed[identity] = messages                       # equal answers are judged once
     replies, kept = {}, output / "replies.jsonl"
-    for number, line in enumerate(kept.read_text(encoding="utf-8").split("\n")[:-1] if kept.exists() else [], 1):
+    for number, line in enumerate(whole_lines(kept), 1):
         try:
             reply = json.loads(line)
             replies[reply["request"]] = reply
@@ -1107,8 +1124,6 @@ def evaluate_judge(args):
     if args.dry_run:
         return None
     output.mkdir(parents=True, exist_ok=True)
-    if kept.exists() and not kept.read_bytes().endswith(b"\n"):                # a line that was cut off is no reply
-        kept.write_text("".join(json.dumps(reply) + "\n" for reply in replies.values()), encoding="utf-8")
 
     def record(job, reply):
         replies[job[0]] = {"request": job[0], "judge": args.judge_model} | reply

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -25,6 +26,7 @@ from typing import Literal
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
@@ -62,6 +64,7 @@ class Args:
     sample_every: int = HfArg(default=15, help="steps between two printed samples")
     save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
+    log_with: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker that gets the metrics too")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
@@ -119,7 +122,7 @@ def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
     """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
 
     data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
-              split "test" is read where a "test_*" file is asked for, else "train"
+              split "test" is read for a "test_*" file, "train" for our other files, and any other split by its name
     bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
     """
     path = Path(data) / f"{split}.jsonl"
@@ -130,7 +133,8 @@ def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
     else:
         import datasets
         try:
-            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test") else "train")
+            theirs = {"sft": "train", "scored": "train", "pairs": "train", "rl": "train"}.get(split, split)
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test_") else theirs)
         except Exception as problem:
             fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
     rows, skipped = [], 0
@@ -389,10 +393,18 @@ def load(auto_class, name, kind=None, **kwargs):
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
+def tracker(args):
+    """Accelerator's arguments for --log_with. It would pass over a tracker that is not installed without a word."""
+    if args.log_with not in ("none", *map(str, get_available_trackers())):
+        fail(f"--log_with {args.log_with}: not installed here. pip install {args.log_with}")
+    return {"log_with": args.log_with, "project_dir": args.output} if args.log_with != "none" else {}
+
+
 def start_run(accelerator, args):
     """Makes the run folder and writes args.json. What is in the folder already is only replaced with --overwrite, and
     only if it is a run, and none of this run's own inputs; with --resume it has to be this very run, unfinished."""
     output, inputs = Path(args.output), ("model", "gvm", "reward_model", "data")
+    free = ("output", "overwrite", "resume", "save_steps", "log_with")          # may differ when a run is resumed
     if accelerator.is_main_process:
         if output.is_file():
             fail(f"{output}: is a file. Choose another --output")
@@ -410,7 +422,7 @@ def start_run(accelerator, args):
                 if states not in (0, accelerator.num_processes):
                     fail(f"{output}: its checkpoints are of {states} processes. Resume it with as many")
                 changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
-                           if name not in ("output", "overwrite", "resume", "save_steps") and was.get(name) != value]
+                           if name not in free and was.get(name) != value]
                 if changed or any(output.glob("*.safetensors")):
                     fail(f"{output}: " + (f"was started with {changed[0]}" if changed else "is finished") +
                          ", so there is nothing to resume. Choose another --output")
@@ -418,6 +430,10 @@ def start_run(accelerator, args):
                 print(f"{output}: replacing the run that was here")
                 shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
+        try:
+            accelerator.init_trackers("dvpo_logs", asdict(args), {"wandb": {"dir": str(output), "name": str(output)}})
+        except Exception as problem:                          # wandb: not logged in, no network, ...
+            fail(f"--log_with {args.log_with} does not start: {(str(problem) or repr(problem)).splitlines()[0]}")
         (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     accelerator.wait_for_everyone()
     return output
@@ -466,14 +482,32 @@ def write_lines(path, records):
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def save_run(accelerator, model, tokenizer, output, card):
+def model_card(accelerator, model, output, about, numbers):
+    """README.md of a run folder, in the form that the Hugging Face hub reads. numbers: {metric: last value}."""
+    kinds, source = ("TokenClassification", "SequenceClassification"), model.config.name_or_path
+    auto = "AutoModelFor" + next((kind for kind in kinds if type(model).__name__.endswith(kind)), "CausalLM")
+    base_model = "" if Path(source).exists() else f"base_model: {source}\n"    # the hub knows nothing of our folders
+    processes, precision = accelerator.num_processes, accelerator.mixed_precision
+    launch = f"accelerate launch --num_processes {processes} --mixed_precision {precision}"
+    command = f"{'python' if (processes, precision) == (1, 'no') else launch} {shlex.join(sys.argv)}"
+    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
+    return (f"---\nlibrary_name: transformers\ntags: [dvpo, {Path(__file__).stem}]\n{base_model}---\n{about}\n\n"
+            f"| metric | last value |\n|---|---|\n{table}\n"
+            f"```python\nfrom transformers import {auto}, AutoTokenizer\n"
+            f"model = {auto}.from_pretrained({str(output)!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({str(output)!r})\n```\n\n"
+            f"Made by `{Path(__file__).name}` of an educational reference of DVPO (arXiv 2502.16944); not an aligned "
+            f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
+
+
+def save_run(accelerator, model, tokenizer, output, about, numbers):
     """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
     state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
+        model = accelerator.unwrap_model(model)
+        model.save_pretrained(saving, state_dict=state)
         tokenizer.save_pretrained(saving)
-        (saving / "README.md").write_text(f"{card}\n\nMade by `python {' '.join(sys.argv)}`. Settings: args.json. Log: "
-                                          f"metrics.jsonl.\n")
+        (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
             os.replace(file, Path(output) / file.name)
         saving.rmdir()
@@ -484,7 +518,8 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
-        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
+        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
+                 {"grad_norm": grad_norm})
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
 
@@ -550,7 +585,7 @@ def accumulation_steps(args):
 def main(args):
     started = time.time()
     check_numbers(args)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args), **tracker(args))
     set_seed(args.seed, device_specific=True)
     tokenizer = load(AutoTokenizer, args.model)
     gvm_tokenizer = load(AutoTokenizer, args.gvm)
@@ -640,6 +675,7 @@ def main(args):
         progress.set_postfix({name: f"{record[name]:.3f}" for name in ("value", "kl", "response_length")})
         if accelerator.is_main_process:
             write_lines(output / "metrics.jsonl", [record])
+            accelerator.log(record, step=step)
             write_lines(output / "rollouts.jsonl", samples)
         if accelerator.is_main_process and step % args.sample_every == 0:
             progress.write("\n".join(f"{step:5} {it['value']:+.2f}  {it['prompt']}\n{'':12}{it['response']}"
@@ -649,9 +685,8 @@ def main(args):
     progress.close()
     save_run(accelerator, policy, tokenizer, output,
              f"# DVPO policy\n\n`{args.model}` aligned by the frozen value model `{args.gvm}` on prompts of "
-             f"`{args.data}`: {args.steps} steps of {args.batch_size} rollouts. Last step: value "
-             f"{record['value']:.3f}, KL to the reference {record['kl']:.2f} nats per response.\n\n"
-             f"    model = AutoModelForCausalLM.from_pretrained({args.output!r})")
+             f"`{args.data}` (rl): {args.steps} steps of {args.batch_size} rollouts.",
+             {name: record[name] for name in ("value", "kl", "response_length", "eos_rate")})
     accelerator.end_training()
 
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import sys
 import time
@@ -25,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser, get_scheduler)
@@ -55,6 +57,7 @@ class Args:
     log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
     save_steps: int = HfArg(default=0, help="updates between two checkpoints, of which two are kept; 0: none")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
+    log_with: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker that gets the metrics too")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
@@ -112,7 +115,7 @@ def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
     """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
 
     data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
-              split "test" is read where a "test_*" file is asked for, else "train"
+              split "test" is read for a "test_*" file, "train" for our other files, and any other split by its name
     bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
     """
     path = Path(data) / f"{split}.jsonl"
@@ -123,7 +126,8 @@ def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
     else:
         import datasets
         try:
-            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test") else "train")
+            theirs = {"sft": "train", "scored": "train", "pairs": "train", "rl": "train"}.get(split, split)
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test_") else theirs)
         except Exception as problem:
             fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
     rows, skipped = [], 0
@@ -385,10 +389,18 @@ def load(auto_class, name, kind=None, **kwargs):
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
+def tracker(args):
+    """Accelerator's arguments for --log_with. It would pass over a tracker that is not installed without a word."""
+    if args.log_with not in ("none", *map(str, get_available_trackers())):
+        fail(f"--log_with {args.log_with}: not installed here. pip install {args.log_with}")
+    return {"log_with": args.log_with, "project_dir": args.output} if args.log_with != "none" else {}
+
+
 def start_run(accelerator, args):
     """Makes the run folder and writes args.json. What is in the folder already is only replaced with --overwrite, and
     only if it is a run, and none of this run's own inputs; with --resume it has to be this very run, unfinished."""
     output, inputs = Path(args.output), ("model", "gvm", "reward_model", "data")
+    free = ("output", "overwrite", "resume", "save_steps", "log_with")          # may differ when a run is resumed
     if accelerator.is_main_process:
         if output.is_file():
             fail(f"{output}: is a file. Choose another --output")
@@ -406,7 +418,7 @@ def start_run(accelerator, args):
                 if states not in (0, accelerator.num_processes):
                     fail(f"{output}: its checkpoints are of {states} processes. Resume it with as many")
                 changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
-                           if name not in ("output", "overwrite", "resume", "save_steps") and was.get(name) != value]
+                           if name not in free and was.get(name) != value]
                 if changed or any(output.glob("*.safetensors")):
                     fail(f"{output}: " + (f"was started with {changed[0]}" if changed else "is finished") +
                          ", so there is nothing to resume. Choose another --output")
@@ -414,6 +426,10 @@ def start_run(accelerator, args):
                 print(f"{output}: replacing the run that was here")
                 shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
+        try:
+            accelerator.init_trackers("dvpo_logs", asdict(args), {"wandb": {"dir": str(output), "name": str(output)}})
+        except Exception as problem:                          # wandb: not logged in, no network, ...
+            fail(f"--log_with {args.log_with} does not start: {(str(problem) or repr(problem)).splitlines()[0]}")
         (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     accelerator.wait_for_everyone()
     return output
@@ -462,14 +478,32 @@ def write_lines(path, records):
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def save_run(accelerator, model, tokenizer, output, card):
+def model_card(accelerator, model, output, about, numbers):
+    """README.md of a run folder, in the form that the Hugging Face hub reads. numbers: {metric: last value}."""
+    kinds, source = ("TokenClassification", "SequenceClassification"), model.config.name_or_path
+    auto = "AutoModelFor" + next((kind for kind in kinds if type(model).__name__.endswith(kind)), "CausalLM")
+    base_model = "" if Path(source).exists() else f"base_model: {source}\n"    # the hub knows nothing of our folders
+    processes, precision = accelerator.num_processes, accelerator.mixed_precision
+    launch = f"accelerate launch --num_processes {processes} --mixed_precision {precision}"
+    command = f"{'python' if (processes, precision) == (1, 'no') else launch} {shlex.join(sys.argv)}"
+    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
+    return (f"---\nlibrary_name: transformers\ntags: [dvpo, {Path(__file__).stem}]\n{base_model}---\n{about}\n\n"
+            f"| metric | last value |\n|---|---|\n{table}\n"
+            f"```python\nfrom transformers import {auto}, AutoTokenizer\n"
+            f"model = {auto}.from_pretrained({str(output)!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({str(output)!r})\n```\n\n"
+            f"Made by `{Path(__file__).name}` of an educational reference of DVPO (arXiv 2502.16944); not an aligned "
+            f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
+
+
+def save_run(accelerator, model, tokenizer, output, about, numbers):
     """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
     state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(saving, state_dict=state)
+        model = accelerator.unwrap_model(model)
+        model.save_pretrained(saving, state_dict=state)
         tokenizer.save_pretrained(saving)
-        (saving / "README.md").write_text(f"{card}\n\nMade by `python {' '.join(sys.argv)}`. Settings: args.json. Log: "
-                                          f"metrics.jsonl.\n")
+        (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
             os.replace(file, Path(output) / file.name)
         saving.rmdir()
@@ -480,7 +514,8 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
-        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite")
+        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
+                 {"grad_norm": grad_norm})
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
 
@@ -503,7 +538,7 @@ def main(args):
     check_numbers(args)
     if not (0 < args.gamma <= 1 and args.td_lambda <= 1):
         fail(f"--gamma {args.gamma} and --td_lambda {args.td_lambda} have to be at most 1, and --gamma above 0")
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args))
+    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args), **tracker(args))
     set_seed(args.seed)
     tokenizer = load(AutoTokenizer, args.model)
     if tokenizer.chat_template is None:
@@ -577,25 +612,28 @@ def main(args):
         scheduler.step()
 
         progress.update()
+        last = update == len(updates)
         record = {"update": update, "loss": accelerator.reduce(loss_of_update).item(), "grad_norm": grad_norm,
                   "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
-        if pairs and (update % args.eval_every == 0 or update == len(updates)):
+        if pairs and (update % args.eval_every == 0 or last):
             record["pair_accuracy"] = evaluate(accelerator.unwrap_model(model), pairs, args, tokenizer)
             accelerator.print("\nheld-out pair accuracy: mean value {mean:.3f}, last value {last:.3f}".format(
                 **record["pair_accuracy"]))
-        if accelerator.is_main_process and ("pair_accuracy" in record or update % args.log_every == 0):
+        accuracy = {f"pair_accuracy/{name}": x for name, x in record.get("pair_accuracy", {}).items()}
+        if accelerator.is_main_process and (update % args.log_every == 0 or "pair_accuracy" in record or last):
             write_lines(output / "metrics.jsonl", [record])
+            accelerator.log({name: x for name, x in record.items() if name != "pair_accuracy"} | accuracy, step=update)
             progress.set_postfix(loss=f"{record['loss']:.3f}")
-        if args.save_steps and update % args.save_steps == 0 and update < len(updates):
+        if args.save_steps and update % args.save_steps == 0 and not last:
             save_checkpoint(accelerator, output, update)
     progress.close()
     save_run(accelerator, model, tokenizer, output,
-             f"# Global value model\n\nQ(tau, s, a) of section 3.2, started from `{args.model}`, trained on "
-             f"{len(data)} trajectories of `{args.data}` ({args.supervision}). Held-out pair accuracy: "
-             f"{record.get('pair_accuracy', 'not measured')}.\n\n"
-             f"    gvm = AutoModelForTokenClassification.from_pretrained({args.output!r})\n"
-             f"    q = gvm(input_ids=ids).logits.squeeze(-1)    # (B, T): the value of each token, after it is read\n"
-             f"    q = q * gvm.config.gvm['reward_std'] + gvm.config.gvm['reward_mean']    # in units of the scores")
+             f"# Global value model\n\nQ(tau, s_t, a_t): the score that an answer is expected to get once token a_t is "
+             f"written, if the policy that began it goes on. Started from `{args.model}`, trained on {len(data)} "
+             f"trajectories of `{args.data}` ({split}), {args.epochs} epochs, {len(updates)} updates.\n\n`q = model("
+             f"input_ids=ids).logits.squeeze(-1)` is (B, T): the value of each token, after it is read, in standard "
+             f"deviations of the training scores. `q * {std:.6g} + {mean:.6g}` (config.gvm) is in units of the scores.",
+             {"loss": record["loss"]} | accuracy)
     accelerator.end_training()
 
 

@@ -159,8 +159,10 @@ def test_generate_is_the_model_s_own_distribution(dvpo_run):
     greedy = evaluate.generate(model, tokenizer, [prompt, prompt[:-2]], 1, [tokenizer.eos_token_id], temperature=0.0)
     assert greedy[0] == [wanted.argmax().item()]
     assert model.generation_config.top_k == 1
-    stop, other = greedy[0][0], next(p for p in ([i] * 3 for i in prompt) if model(torch.tensor([p])).logits[0, -1].argmax() != greedy[0][0])
-    first, second = evaluate.generate(model, tokenizer, [prompt, other], 5, [stop], temperature=0.0)
+    after = {i: model(torch.tensor([[i] * 3])).logits[0, -1].argmax().item() for i in range(100)}
+    one, other = next((a, b) for a in after for b in after if tokenizer.eos_token_id not in (after[a], after[b]) and after[a] != after[b])
+    stop = after[one]
+    first, second = evaluate.generate(model, tokenizer, [[one] * 3, [other] * 3], 5, [stop], temperature=0.0)
     assert first == [stop] and len(second) > 1                # any stop id ends a response, while others go on
 
 
@@ -196,6 +198,15 @@ def test_bad_question_files(dvpo_run, tmp_path):
             evaluate.benchmark_questions(tmp_path / "bad.jsonl", "alpaca_eval", "error")
     with pytest.raises(SystemExit, match="--questions .*none.jsonl: no such file"):
         evaluate.benchmark_questions(tmp_path / "none.jsonl", "alpaca_eval", "error")
+
+
+def test_the_split_of_a_hub_data_set(monkeypatch):
+    import datasets
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append(split) or [{"prompt": "q"}])
+    for split in ("rl", "sft", "test_prompts", "filtered"):
+        evaluate.read_rows("some/where", split, {"prompt": "prompt"})
+    assert asked == ["train", "train", "test", "filtered"]    # RewardBench's own split keeps its name
 
 
 # ---- RewardBench ----

@@ -281,3 +281,7 @@ def test_a_folder_as_judge(world, judge_args, server, tmp_path):
     assert result["models"]["a"]["points"]["4"] == 3 and result["models"]["b"]["points"]["4"] == 2
     assert result["models"]["b"]["unreadable"] == 1           # longer than the judge's context: counted, not guessed
     assert result["outcomes"]["a"]["b"] == {"win": 0, "tie": 1, "lose": 0, "pairs": 2} and not server.requests
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + tokenizer.chat_template
+    tokenizer.save_pretrained(tmp_path / "model")             # a template that knows no system prompt
+    again = evaluate.evaluate_judge(change(judge_args, judge_url="", judge_model=str(tmp_path / "model"), output=judge_args.output + "2"))
+    assert again["models"] == result["models"]
