@@ -35,7 +35,7 @@ demo: $(INSTALLED)
 	@$(MAKE) --no-print-directory stages
 	@$(PY) atlas.py summary --run $(RUN)
 
-stages: $(RUN)/figures/tokens.png $(RUN)/figures/curves.png $(RUN)/eval/values.json $(RUN)/eval/policy.json
+stages: $(addprefix $(RUN)/,figures/tokens.png figures/curves.png figures/wins.png eval/values.json eval/policy.json)
 
 # Each stage waits for the stage before it and for its own script; --overwrite only replaces what is older than these.
 $(RUN)/data/manifest.json: atlas.py
@@ -61,6 +61,9 @@ $(RUN)/figures/tokens.png: figures.py $(RUN)/gvm/model.safetensors $(RUN)/dvpo/m
 
 $(RUN)/figures/curves.png: figures.py $(RUN)/dvpo/model.safetensors
 	$(PY) figures.py curves --runs $(RUN)/dvpo --judge atlas.py:oracle --output $(RUN)/figures --overwrite
+
+$(RUN)/figures/wins.png: figures.py $(RUN)/eval/policy.json
+	$(PY) figures.py wins --results $(RUN)/eval/policy.json --output $(RUN)/figures --overwrite
 
 # QUICK: one seed, 20 steps, the scripts' own learning rates, and nothing written to results/.
 compare: $(INSTALLED)

@@ -490,8 +490,10 @@ def compare(args):
         final.plot([mean], [-number], "o", color=colour_)
         final.plot(scores, [-number] * len(scores), "|", color=colour_, markersize=12)
         final.text(mean, 0.24 - number, f"{mean:.2f}", ha="center", fontsize=8)
-        if "curve" not in seeds[0][method]:
-            continue                                                           # SFT and DPO have no rollouts
+        if "curve" not in seeds[0][method]:                                    # SFT and DPO have no rollouts
+            for panel in (by_rollouts, by_time):
+                panel.axhline(mean, color=colour_, label=f"{method} (held-out)", linestyle="--", linewidth=1)
+            continue
         curve = numpy.array([seed[method]["curve"] for seed in seeds])                             # (seeds, steps)
         smooth = numpy.stack([curve[:, max(0, step - 4):step + 1].mean(1) for step in range(curve.shape[1])], 1)
         steps = numpy.arange(1, smooth.shape[1] + 1)
