@@ -343,6 +343,7 @@ def response_scores(q, is_response):
     return scores | {f"p{k}": nan.nanquantile(k / 100, dim=-1) for k in (1, 5, 10, 90, 95, 99)}
 
 
+@torch.no_grad()
 def lambda_return(q, reward, is_value, gamma, td_lambda):
     """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}), and 0 past the last token.
 

@@ -128,7 +128,7 @@ def test_models_in_the_wrong_place(stage, sft_run, gvm_run):
     fails(lambda: stage("dvpo", model=str(gvm_run)), "LlamaForTokenClassification; a language model is wanted")
     fails(lambda: stage("dvpo", gvm=str(sft_run)), "LlamaForCausalLM; a value model is wanted")
     fails(lambda: stage("gvm", model=str(gvm_run)), "a language model is wanted")
-    fails(lambda: evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(sft_run)])), "a value model is wanted")
+    fails(lambda: evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(sft_run)], data=str(sft_run.parent / "data"))), "a value model is wanted")
     fails(lambda: evaluate.evaluate_policy(evaluate.PolicyArgs(models=[str(gvm_run)], data=str(sft_run.parent / "data"),
                                                                judge=str(ROOT / "atlas.py:oracle"))), "a language model")
 

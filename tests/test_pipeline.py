@@ -34,11 +34,12 @@ def test_from_nothing_to_summary(tmp_path):
         "--judge", "atlas.py:oracle", "--output", folder / "eval", "--samples", 1)
     run("figures.py", "tokens", "--gvm", folder / "gvm", "--output", folder / "figures")
     run("figures.py", "curves", "--runs", folder / "dvpo", "--output", folder / "figures")
+    run("figures.py", "wins", "--results", folder / "eval" / "policy.json", "--output", folder / "figures")
     printed = run("atlas.py", "summary", "--run", folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert {"oracle_mean", "win_rate_vs_sft", "kl_to_ref", "response_length", "eos_rate"} <= set(summary["dvpo"])
     assert {"oracle_mean", "response_length"} <= set(summary["sft"])
-    assert set(summary["gvm"]["pair_accuracy"]) == {"mean", "last", "p1", "p5", "p10", "p90", "p95", "p99"}
+    assert set(summary["gvm"]["pair_accuracy"]) == {"mean", "last", "p1", "p5", "p10", "p90", "p95", "p99", "backup"}
     assert set(summary["seconds"]) == {"data", "sft", "gvm", "dvpo", "evaluate"}
     assert f"{summary['dvpo']['oracle_mean']:+.3f}" in printed and "tokens.html" in printed
 
