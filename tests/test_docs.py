@@ -165,3 +165,26 @@ def test_the_readme_s_comparison_is_what_was_measured():
         seconds, large = results["step_seconds"].get(method), results["large"].get(method)
         assert cells[3] == (f"{seconds['total']:.2f}" if seconds else ""), row
         assert cells[4] == (f"{large['peak_mib'] / 1024:.1f}" if large else ""), row
+
+
+def test_the_value_tables_are_what_was_measured():
+    """results/values.md against results/values.json: every row is the mean over the seeds."""
+    results = json.loads((ROOT / "results" / "values.json").read_text())
+    page = (ROOT / "results" / "values.md").read_text(encoding="utf-8")
+    tables = {part.split("\n")[0].split(" (")[0]: dict(re.findall(r"^\| ([\w. ]+) \| (0\.[\d |.]+) \|$", part, re.M))
+              for part in page.split("\n## ")}
+    seeds = list(results["seeds"].values())
+
+    def row(pick, models=("scores", "pairs", "ScalarRM", "A/C"), seeds=seeds):
+        return " | ".join(f"{sum(pick(seed[model]) for seed in seeds) / len(seeds):.3f}" for model in models)
+
+    aggregates, margins, policies = (tables[name] for name in ("Pair accuracy by aggregate", "By margin of the true scores", "By behaviour policy"))
+    assert len(aggregates) == 9 and len(margins) == 4 and len(policies) == 5
+    for name, cells in aggregates.items():
+        assert cells == row(lambda model: model["pair_accuracy"][name]["mean"])
+    for number, cells in enumerate(margins.values()):
+        assert cells == row(lambda model: list(model["by_margin"].values())[number]["mean"])
+    for name, cells in policies.items():
+        assert cells == row(lambda model: model["by_policy"][name]["mean"])
+    for name, cells in tables['The "Bellman-style backup"'].items():
+        assert cells == row(lambda x: x, ("scores", "pairs"), results["backup_lambda"][name].values())
