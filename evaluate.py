@@ -118,9 +118,16 @@ def parse_args(cls, argv):
     (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
     parser = HfArgumentParser(cls)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            fail(f"{flag} is given twice (several values stand behind one flag)")
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        try:
+            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        except (OSError, ValueError, yaml.YAMLError) as problem:
+            fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
         if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
             fail(f"{recipe}: no such recipe, or no section {section!r} in it")
         argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
@@ -130,9 +137,11 @@ def parse_args(cls, argv):
 def check_numbers(args):
     """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
     for name, value in vars(args).items():
-        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs", "save_steps") else 1
-        if type(value) in (int, float) and not least <= value < math.inf:
-            fail(f"--{name} {value}: it has to be finite and at least {least}")
+        may_be_0 = name in ("seed", "retries", "warmup_steps", "tau_pairs", "save_steps")
+        least = 0 if type(value) is float or may_be_0 else 1
+        most = 2 ** 32 if name == "seed" else math.inf        # numpy's generators take no larger seed
+        if type(value) in (int, float) and not least <= value < most:
+            fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
 
 
 def named(models, flag="--models"):
@@ -476,12 +485,14 @@ def load_judge(place):
     if not Path(file).is_file():
         fail(f"--judge {place}: no file {file!r}; it wants FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None:
+        fail(f"--judge {place}: {file} is not a Python file (.py)")
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(Path(file).stem, module)           # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as problem:                              # whatever the user's file does
-        fail(f"--judge {place}: {file} cannot be imported ({type(problem).__name__}: {problem})")
+    except (Exception, SystemExit) as problem:                # whatever the user's file does
+        fail(f"--judge {place}: {file} cannot be imported ({type(problem).__name__}: {' '.join(str(problem).split())})")
     function = getattr(module, name, None)
     return function if callable(function) else fail(f"--judge {place}: {file} has no function {name!r}")
 
@@ -490,8 +501,8 @@ def judged_score(judge, place, prompt, response):
     """The judge's score of one answer, which has to be a finite number."""
     try:
         score = float(judge(prompt, response))
-    except Exception as problem:                              # whatever the user's judge does
-        fail(f"--judge {place}: {type(problem).__name__}: {problem} (prompt {prompt!r:.80})")
+    except (Exception, SystemExit) as problem:                # whatever the user's judge does
+        fail(f"--judge {place}: {type(problem).__name__}: {' '.join(str(problem).split())} (prompt {prompt!r:.80})")
     return score if math.isfinite(score) else fail(f"--judge {place}: score {score} (prompt {prompt!r:.80})")
 
 

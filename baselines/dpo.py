@@ -67,9 +67,16 @@ def parse_args(cls, argv):
     (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
     parser = HfArgumentParser(cls)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            fail(f"{flag} is given twice (several values stand behind one flag)")
     if argv and argv[0].endswith((".yaml", ".yml")):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        try:
+            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        except (OSError, ValueError, yaml.YAMLError) as problem:
+            fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
         if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
             fail(f"{recipe}: no such recipe, or no section {section!r} in it")
         argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
@@ -79,9 +86,11 @@ def parse_args(cls, argv):
 def check_numbers(args):
     """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
     for name, value in vars(args).items():
-        least = 0 if type(value) is float or name in ("seed", "warmup_steps", "tau_pairs", "save_steps") else 1
-        if type(value) in (int, float) and not least <= value < math.inf:
-            fail(f"--{name} {value}: it has to be finite and at least {least}")
+        may_be_0 = name in ("seed", "retries", "warmup_steps", "tau_pairs", "save_steps")
+        least = 0 if type(value) is float or may_be_0 else 1
+        most = 2 ** 32 if name == "seed" else math.inf        # numpy's generators take no larger seed
+        if type(value) in (int, float) and not least <= value < most:
+            fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
 
 
 # ---- 2. Data ----

@@ -93,7 +93,7 @@ def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path):
     ("sft", {"batch_size": 24}, "--batch_size 24 is not a multiple of"),
     ("sft", {"max_length": 3}, "0 usable rows do not fill one batch.*--max_length 3"),
     ("gvm", {"model": "nowhere/at/all"}, "no model in this folder"),
-    ("gvm", {"batch_size": 0}, "--batch_size 0: it has to be finite and at least 1"),
+    ("gvm", {"batch_size": 0}, "--batch_size 0: it has to be at least 1 and less than inf"),
     ("sft", {"lr": float("nan")}, "--lr nan"), ("sft", {"epochs": 0}, "--epochs 0"), ("dvpo", {"steps": 0}, "--steps 0"),
     ("dvpo", {"max_response_length": 0}, "--max_response_length 0"), ("sft", {"max_length": 600}, "more than the context"),
     ("gvm", {"max_length": 5}, "trajectories do not fill one batch"),
