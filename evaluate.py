@@ -49,7 +49,7 @@ class ValuesArgs:
     split: str = HfArg(default="", help="which pairs (default: test_pairs; RewardBench: filtered)")
     benchmark: Literal["none", "rewardbench"] = HfArg(default="none", help="rewardbench: --data has its rows")
     aggregate: str = HfArg(default="mean", help="token values -> score, in the tables by margin, policy and subset "
-                           "(mean, last, backup, p1 ... p99); a reward model is read at its last token, always")
+                           "(mean, last, backup, p1 ... p99); there a reward model is read at its last token")
     backup_lambda: float = HfArg(default=0.95, help="lambda of the aggregate `backup`, from 0 to 1")
     output: str = HfArg(default="", help="file to write the numbers to (JSON); none: print only")
     overwrite: bool = HfArg(default=False, help="replace --output if it exists")
@@ -101,7 +101,7 @@ class JudgeArgs:
     bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop if a model lacks an answer, or go without")
     dry_run: bool = HfArg(default=False, help="say how many requests and tokens it would take, and stop")
     concurrency: int = HfArg(default=8, help="requests under way at a time")
-    timeout: float = HfArg(default=60.0, help="seconds to wait for a reply")
+    timeout: float = HfArg(default=60.0, help="seconds without a byte after which a request has failed")
     retries: int = HfArg(default=6, help="tries after the first, each after twice the pause, before the run stops")
     max_new_tokens: int = HfArg(default=300, help="tokens of a verdict at most (the rubric asks for 100 words)")
     batch_size: int = HfArg(default=8, help="verdicts at a time, of a judge in a folder")
@@ -152,6 +152,8 @@ def named(models, flag="--models"):
         if not separator or Path(entry).exists():
             path = Path(entry).resolve()
             name, folder = path.stem if path.is_file() else path.name, entry
+        if not name:
+            fail(f"{flag} {entry}: no name before the =")
         if name in names:
             fail(f"{flag}: {names[name]} and {folder} are both called {name!r}. Name one of them: OTHER={folder}")
         names[name] = folder
@@ -416,8 +418,8 @@ def score_answers(model, sequences, args, pad_id):
             is_response = is_response & ~last_token(is_response)         # after EOS it never learned
         parts.append(response_scores(q, is_response)
                      | {"backup": bellman_backup(q, is_response, gamma, args.backup_lambda)})
-    place = {key: row for row, key in enumerate(unique)}
-    back = torch.tensor([place[key] for key in keys])
+    row_of = {key: row for row, key in enumerate(unique)}
+    back = torch.tensor([row_of[key] for key in keys])
     return {name: torch.cat([part[name].cpu() for part in parts])[back] for name in parts[0]}
 
 
@@ -437,6 +439,10 @@ def generate(model, tokenizer, prompts, max_new_tokens, stop, temperature=1.0):
         eos_token_id=stop, pad_token_id=tokenizer.pad_token_id)
     try:
         written = model.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
+    except RuntimeError as problem:
+        if "probability tensor" not in str(problem):
+            raise
+        fail(f"{model.config.name_or_path}: gives probabilities that are no numbers. Its training has failed")
     finally:
         model.generation_config = own
     ends = [next((i + 1 for i, token in enumerate(row) if token in stop), len(row)) for row in written]
@@ -458,25 +464,55 @@ def json_rows(path, flag):
         fail(f"{flag} {path}: no such file")
     number = 0
     try:
-        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        text = content.decode("utf-8-sig")
         if text.lstrip().startswith("["):
-            return list(enumerate(json.loads(text), 1))
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            rows += [(number, json.loads(line))] if line.strip() else []
+            rows = list(enumerate(json.loads(text), 1))
+        else:
+            rows = []
+            for number, line in enumerate(text.split("\n"), 1):
+                rows += [(number, json.loads(line))] if line.strip() else []
+        for number, row in rows:
+            json.dumps(row, ensure_ascii=False).encode()                       # half a character (\ud800) is no text
         return rows
-    except (OSError, EOFError, ValueError, RecursionError) as problem:
+    except (EOFError, ValueError, RecursionError, gzip.BadGzipFile) as problem:
         fail(f"{path}{f':{number}' if number else ''}: not a file of JSON lines, nor a JSON list ({problem})")
+    except OSError as problem:
+        fail(f"{flag} {path}: cannot be read ({problem})")
 
 
-def whole_lines(path):
-    """The lines of a file that grows line by line, [] without one. A last line that was cut off, when whoever wrote it
-    was stopped, is taken off the file: what is appended next would continue it."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)
-    return content.decode(errors="replace").split("\n")[:-1]
+def kept_lines(content):
+    """The lines of a log (bytes). A last line without an end counts if it is whole; if not, its writer was stopped."""
+    *lines, rest = content.split(b"\n")
+    try:
+        json.loads(rest)
+        return [*lines, rest]
+    except ValueError:
+        return lines
+
+
+def open_log(path):
+    """Opens a file that grows line by line, for this process alone: two would do, and pay, everything twice. Returns
+    (file, its lines)."""
+    import fcntl
+    file = open(path, "a+b")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)      # the lock ends with the process, however it ends
+    except OSError:
+        fail(f"{path}: another process is writing it. Wait for it, or choose another --output")
+    file.seek(0)
+    content = file.read()
+    lines = kept_lines(content)
+    if content and not content.endswith(b"\n"):                # what is appended must begin a new line
+        rest = content.rpartition(b"\n")[2]
+        file.write(b"\n") if rest in lines[-1:] else file.truncate(len(content) - len(rest))
+    return file, lines
+
+
+def append(file, record):
+    """One more line, on the disk at once."""
+    file.write(json.dumps(record).encode() + b"\n")
+    file.flush()
 
 
 def load_judge(place):
@@ -506,15 +542,31 @@ def judged_score(judge, place, prompt, response):
     return score if math.isfinite(score) else fail(f"--judge {place}: score {score} (prompt {prompt!r:.80})")
 
 
-def write_json(path, content, overwrite):
-    """Writes a JSON file in one piece; an existing one only with --overwrite."""
+def new_output(path, overwrite):
+    """A file to be written at the end, looked at before any work is done: its path, with its folder made."""
     path = Path(path)
+    if path.is_dir():
+        fail(f"{path}: is a folder, and a file of that name is to be written. Choose another --output")
     if path.exists() and not overwrite:
         fail(f"{path}: exists already. Choose another --output, or pass --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError("no permission to write there")
+    except OSError as problem:
+        fail(f"{path}: cannot be written ({problem}). Choose another --output")
+    return path
+
+
+def write_file(path, text):
+    """Writes a file in one piece."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)
+
+
+def json_lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def load(auto_class, name, kind=None, **kwargs):
@@ -545,35 +597,44 @@ def load(auto_class, name, kind=None, **kwargs):
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
 
 
-def new_output(path, overwrite):
-    """Refuses, before any work is done, a file that exists."""
-    if Path(path).exists() and not overwrite:
-        fail(f"{path}: exists already. Choose another --output, or pass --overwrite")
-    return Path(path)
+def load_tokenizer(folder):
+    """The tokenizer of a model that takes part in a chat, with a pad token."""
+    tokenizer = load(AutoTokenizer, folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        fail(f"{folder}: the tokenizer has no chat template, so the model cannot be asked a question")
+    return tokenizer
+
+
+def context_length(model):
+    """How many tokens the model can read and write together."""
+    return getattr(model.config, "max_position_embeddings", math.inf)
 
 
 # ---- 6. values: does the better answer get the higher value? (Tables 3, 4, 5, 8, 9) ----
 def load_value_model(folder):
     """(model, tokenizer, sequence-level or not). A sequence-level model is a reward model."""
-    tokenizer = load(AutoTokenizer, folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = load_tokenizer(folder)
     made_as = (load(AutoConfig, folder).architectures or [""])[0]
     sequence_level = made_as.endswith("ForSequenceClassification")
     auto_class = AutoModelForSequenceClassification if sequence_level else AutoModelForTokenClassification
     model = load(auto_class, folder, kind="value", dtype=torch.float32).eval()
+    if model.config.num_labels != 1:
+        fail(f"{folder}: has {model.config.num_labels} outputs per token; a value model has one")
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, sequence_level
 
 
 def score_pairs(folder, rows, args):
-    """Scores both answers of every row that fits. Returns rows kept, {aggregate: (chosen, rejected)}, name of the
-    aggregate to look at, tau_pairs."""
+    """Scores both answers of every row that fits. Returns the rows kept, {aggregate: (chosen, rejected)}, the name of
+    the aggregate to look at, and tau_pairs."""
     model, tokenizer, sequence_level = load_value_model(folder)
-    made = getattr(model.config, "gvm", {})
-    k, sequences, kept, pool = made.get("tau_pairs", 0), [], [], {}
+    trained = getattr(model.config, "gvm", {})
+    k, sequences, kept, pool = trained.get("tau_pairs", 0), [], [], {}
+    longest = min(args.max_length, context_length(model))
     for row in rows:
         sides = [(encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row[side]))
                  for side in ("chosen", "rejected")]
-        if any(sum(map(len, sequence)) > args.max_length for sequence in sides):
+        if any(sum(map(len, sequence)) > longest for sequence in sides):
             continue
         for side, sequence in zip(("chosen", "rejected"), sides):
             if k and f"policy_{side}" not in row:
@@ -583,28 +644,31 @@ def score_pairs(folder, rows, args):
             sequences.append((row["prompt"], sequence, row.get(f"policy_{side}")))
         kept.append(row)
     if not kept:
-        fail(f"{args.data}: no pair fits into --max_length {args.max_length}")
+        fail(f"{args.data}: no pair fits into {longest} tokens (--max_length, or the context of {folder})")
     rng = random.Random(args.seed)
-    sequences = [with_tau(prompt, sequence, pool[policy], k, made.get("max_length", args.max_length), rng)
+    sequences = [with_tau(prompt, sequence, pool[policy], k, trained.get("max_length", longest), rng)
                  for prompt, sequence, policy in sequences]
     scores = score_answers(model, sequences, args, tokenizer.pad_token_id)
+    if not all(score.isfinite().all() for score in scores.values()):
+        fail(f"{folder}: gives values that are not finite numbers. Its training has failed")
     if args.aggregate not in scores:
         fail(f"--aggregate {args.aggregate}: there are {', '.join(scores)}")
-    look_at = "last" if sequence_level else args.aggregate
-    return kept, {name: (x[0::2], x[1::2]) for name, x in scores.items()}, look_at, k
+    aggregate = "last" if sequence_level else args.aggregate
+    return kept, {name: (x[0::2], x[1::2]) for name, x in scores.items()}, aggregate, k
 
 
 def margin_groups(rows):
-    """Rows in four groups of equal size by |score_chosen - score_rejected|: {label: [row number, ...]}; {} without."""
+    """Rows cut at the quartiles of |score_chosen - score_rejected|: {label: [row number, ...]}; {} without scores.
+
+    Equal margins stay together, in the group above: with many of them the groups are of unequal size, and fewer.
+    """
     if not all("score_chosen" in row and "score_rejected" in row for row in rows):
         return {}
     margin = torch.tensor([abs(row["score_chosen"] - row["score_rejected"]) for row in rows], dtype=torch.float64)
     edges = margin.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)).unique()
-    if len(edges) == 1:                                       # all margins are equal
-        return {f"{edges[0]:.3g}": list(range(len(rows)))}
-    group = torch.bucketize(margin, edges[1:-1], right=True)  # edges belong to the group above them
-    return {f"{edges[i]:.3g} to {edges[i + 1]:.3g}": (group == i).nonzero().flatten().tolist()
-            for i in range(len(edges) - 1)}
+    group = torch.bucketize(margin, edges[1:-1], right=True)                   # (rows,): 0, 1, ...
+    return {f"{i + 1}: {margin[group == i].min():.4g} to {margin[group == i].max():.4g}":
+            (group == i).nonzero().flatten().tolist() for i in group.unique().tolist()}
 
 
 def policy_groups(rows):
@@ -618,7 +682,7 @@ def policy_groups(rows):
 
 def value_accuracy(folder, rows, args):
     """Everything about one value model: a dict of numbers."""
-    kept, scores, look_at, k = score_pairs(folder, rows, args)
+    kept, scores, aggregate, k = score_pairs(folder, rows, args)
     prompts = [json.dumps(row["prompt"]) for row in kept]
     rewardbench = args.benchmark == "rewardbench"
     # RewardBench counts a tie as wrong; elsewhere it is half right.
@@ -630,14 +694,14 @@ def value_accuracy(folder, rows, args):
 
     everything = list(range(len(kept)))
     result = {"model": folder, "pairs": len(kept), "dropped": len(rows) - len(kept), "tau_pairs": k,
-              "aggregate": look_at, "pair_accuracy": {name: accuracy(name, everything) for name in right}}
+              "aggregate": aggregate, "pair_accuracy": {name: accuracy(name, everything) for name in right}}
     for title, groups in (("by_margin", margin_groups(kept)), ("by_policy", policy_groups(kept))):
-        result[title] = {label: accuracy(look_at, numbers) for label, numbers in groups.items()}
+        result[title] = {label: accuracy(aggregate, numbers) for label, numbers in groups.items()}
     if rewardbench:
         subsets = [subset for counts in REWARDBENCH.values() for subset in counts]
         groups = {subset: [i for i, row in enumerate(kept) if row["subset"] == subset] for subset in subsets}
         groups = {subset: numbers for subset, numbers in groups.items() if numbers}
-        result["subsets"] = {subset: accuracy(look_at, numbers) for subset, numbers in groups.items()}
+        result["subsets"] = {subset: accuracy(aggregate, numbers) for subset, numbers in groups.items()}
         result["sections"] = {name: rewardbench_sections({subset: right[name][numbers].mean().item()
                                                           for subset, numbers in groups.items()}) for name in right}
     return result
@@ -665,13 +729,17 @@ def evaluate_values(args):
         fail(f"--backup_lambda {args.backup_lambda}: it has to be from 0 to 1")
     rewardbench = args.benchmark == "rewardbench"
     fields = {"prompt": "prompt", "chosen": "text", "rejected": "text"} | ({"subset": "text"} if rewardbench else {})
-    known = {subset for counts in REWARDBENCH.values() for subset in counts}
+    subsets = {subset for counts in REWARDBENCH.values() for subset in counts}
 
     def also(row):
-        if rewardbench and row["subset"] not in known:
+        if rewardbench and row["subset"] not in subsets:
             return f'"subset" {row["subset"]!r} is none of RewardBench\'s'
-        return next((f'"{name}" is not a finite number: {row[name]!r}' for name in ("score_chosen", "score_rejected")
-                     if name in row and not (type(row[name]) in (int, float) and math.isfinite(row[name]))), None)
+        optional = {"score_chosen": "number", "score_rejected": "number", "policy_chosen": "text",
+                    "policy_rejected": "text"}
+        problem = row_problem(row, {name: kind for name, kind in optional.items() if name in row})
+        if not problem and {"score_chosen", "score_rejected"} <= set(row):
+            problem = None if math.isfinite(row["score_chosen"] - row["score_rejected"]) else "its margin is not finite"
+        return problem
 
     split = args.split or ("filtered" if rewardbench else "test_pairs")
     rows = read_rows(args.data, split, fields, args.bad_rows, also)
@@ -689,7 +757,7 @@ def evaluate_values(args):
     if rewardbench:
         print_table("RewardBench section", {name: x["sections"][x["aggregate"]] for name, x in found.items()})
     if args.output:
-        write_json(args.output, result, args.overwrite)
+        write_file(Path(args.output), json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
 
 
@@ -712,46 +780,55 @@ def evaluate_policy(args):
     check_numbers(args)
     models = named(args.models)
     output = Path(args.output) if args.output else None
-    if output and not args.overwrite and any((output / name).exists() for name in ("policy.json", "answers.jsonl")):
-        fail(f"{output}: holds an evaluation. Choose another --output, or pass --overwrite")
+    for name in ("policy.json", "answers.jsonl") if output else ():
+        new_output(output / name, args.overwrite)
     judge, started = load_judge(args.judge) if args.judge else None, time.time()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    first = args.reference or next(iter(models.values()))
+    tokenizers = {name: load_tokenizer(path) for name, path in models.items()}
+    vocabulary = load_tokenizer(first).get_vocab()
+    for name, tokenizer in tokenizers.items():
+        if tokenizer.get_vocab() != vocabulary:
+            fail(f"{models[name]}: its tokenizer is not that of {first}, so there is no KL between them")
     rows = read_rows(args.data, "test_prompts", {"prompt": "prompt"}, args.bad_rows)
-    reference = load(AutoModelForCausalLM, args.reference or next(iter(models.values())), kind="policy",
-                     dtype=torch.float32).eval().to(device)
-    vocabulary = load(AutoTokenizer, args.reference or next(iter(models.values()))).get_vocab()
+    # The same prompts for every model, also where chat templates differ in length.
+    asked = [row["prompt"] for row in rows if all(len(encode_prompt(tokenizer, row["prompt"])) <= args.max_prompt_length
+                                                  for tokenizer in tokenizers.values())]
+    if not asked:
+        fail(f"{args.data}: no test prompt fits into --max_prompt_length {args.max_prompt_length}")
+    reference = load(AutoModelForCausalLM, first, kind="policy", dtype=torch.float32).eval().to(device)
     result = {"data": args.data, "judge": args.judge, "samples": args.samples, "models": {}, "win_rate": {}}
-    scores, lines = {}, []
+    lines = {}                                                                 # {model: its rows of answers.jsonl}
     for name, path in models.items():
         torch.manual_seed(args.seed)
-        tokenizer = load(AutoTokenizer, path)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        if tokenizer.get_vocab() != vocabulary:
-            fail(f"{path}: its tokenizer is not that of the reference model, so there is no KL between them")
+        tokenizer = tokenizers[name]
         model = load(AutoModelForCausalLM, path, kind="policy", dtype=torch.float32).eval().to(device)
-        prompts = [(row["prompt"], encode_prompt(tokenizer, row["prompt"])) for row in rows]
-        prompts = [(prompt, ids) for prompt, ids in prompts if len(ids) <= args.max_prompt_length] or fail(
-            f"{args.data}: no test prompt fits into --max_prompt_length {args.max_prompt_length}")
-        answers = answer(model, reference, tokenizer, [ids for _, ids in prompts for _ in range(args.samples)], args)
-        asked = [prompt for prompt, _ in prompts for _ in range(args.samples)]
-        written = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers]
-        kl = torch.tensor([kl for _, kl in answers]).view(-1, args.samples).mean(-1)
+        if args.max_prompt_length + args.max_response_length > min(context_length(model), context_length(reference)):
+            fail(f"--max_prompt_length + --max_response_length is more than the context of {path} or {first}, "
+                 f"{min(context_length(model), context_length(reference))} tokens")
+        prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in asked for _ in range(args.samples)]
+        answers = answer(model, reference, tokenizer, prompt_ids, args)
+        kl = torch.tensor([kl for _, kl in answers]).view(-1, args.samples).mean(-1)               # (prompts,)
         length = torch.tensor([float(len(ids)) for ids, _ in answers])
         ended = torch.tensor([float(ids[-1] == tokenizer.eos_token_id) for ids, _ in answers])
         result["models"][name] = {"kl": bootstrap(kl, args.seed), "response_length": length.mean().item(),
-                                  "eos_rate": ended.mean().item(), "prompts": len(prompts),
-                                  "dropped": len(rows) - len(prompts)}
-        said = [{"model": name, "prompt": prompt, "response": text} for prompt, text in zip(asked, written)]
-        if judge:
-            judged = [judged_score(judge, args.judge, prompt, text) for prompt, text in zip(asked, written)]
-            said = [line | {"score": score} for line, score in zip(said, judged)]
-            scores[name] = torch.tensor(judged).view(-1, args.samples)                             # (prompts, samples)
-            result["models"][name]["score"] = bootstrap(scores[name].mean(-1), args.seed)
-        lines += said
+                                  "eos_rate": ended.mean().item(), "prompts": len(asked),
+                                  "dropped": len(rows) - len(asked)}
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers]
+        lines[name] = [{"model": name, "prompt": asked[i // args.samples], "response": text}
+                       for i, text in enumerate(texts)]
+        if output:                                            # before a judge of the user's can fail
+            write_file(output / "answers.jsonl", json_lines(line for said in lines.values() for line in said))
+    scores = {}
+    for name, said in lines.items() if judge else ():
+        for line in said:
+            line["score"] = judged_score(judge, args.judge, line["prompt"], line["response"])
+        scores[name] = torch.tensor([line["score"] for line in said]).view(-1, args.samples)       # (prompts, samples)
+        result["models"][name]["score"] = bootstrap(scores[name].mean(-1), args.seed)
     for a in scores:
         result["win_rate"][a] = {b: bootstrap(wins(scores[a], scores[b]).mean(-1), args.seed)
-                                 for b in scores if b != a and scores[a].shape == scores[b].shape}
-    if len({x.shape for x in scores.values()}) == 1:
+                                 for b in scores if b != a}
+    if judge:
         result["outcomes"] = outcomes({name: x.flatten() for name, x in scores.items()})
     result["seconds"] = time.time() - started
     print(f"{'model':12} {'score':>7} {'95 % interval':>18} {'KL':>7} {'length':>7} {'EOS':>6}   win rate over")
@@ -761,10 +838,8 @@ def evaluate_policy(args):
         print(f"{name:12} {score} {x['kl']['mean']:8.2f} {x['response_length']:7.1f} {x['eos_rate']:6.3f}   "
               + ", ".join(f"{b} {rate['mean']:.3f}" for b, rate in versus))
     if output:
-        output.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (output / "answers.jsonl").write_text(text, encoding="utf-8")
-        write_json(output / "policy.json", result, args.overwrite)
+        write_file(output / "answers.jsonl", json_lines(line for said in lines.values() for line in said))
+        write_file(output / "policy.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
 
 
@@ -786,18 +861,20 @@ MT_BENCH_IDS = range(81, 161)
 
 def question_problem(benchmark, row):
     """What is wrong with a row of a question file, in words; None if nothing is."""
-    known = BENCHMARKS[benchmark]
+    settings = BENCHMARKS[benchmark]
     if not isinstance(row, dict):
         return "not a JSON object"
-    for fields, problem in ((known["fields"] - known["optional"] - set(row), "no field"),
-                            (set(row) - known["fields"], "unknown field")):
+    for fields, problem in ((settings["fields"] - settings["optional"] - set(row), "no field"),
+                            (set(row) - settings["fields"], "unknown field")):
         if fields:
-            return f'{problem} "{min(fields)}" (a question of {benchmark} has {", ".join(sorted(known["fields"]))})'
-    if not isinstance(row[known["id"]], (str, int)):
-        return f'"{known["id"]}" is not a string or number'
-    turns = row["turns"] if benchmark == "mt_bench" else [row[known["id"] if benchmark == "alpaca_eval" else "prompt"]]
-    if not (isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns)):
+            return f'{problem} "{min(fields)}" (a question of {benchmark} has {", ".join(sorted(settings["fields"]))})'
+    if not isinstance(row[settings["id"]], (str, int)):
+        return f'"{settings["id"]}" is not a string or number'
+    turns = row["turns"] if benchmark == "mt_bench" else [row.get("prompt") or row.get("instruction")]
+    if not (isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)):
         return "a question is empty or not a string"
+    if benchmark == "mt_bench" and len(turns) != 2:
+        return f"has {len(turns)} turns, not two"
     if benchmark == "mt_bench" and row["category"] not in MT_BENCH_TEMPERATURES:
         return f'"category" {row["category"]!r} has no temperature (there are {", ".join(MT_BENCH_TEMPERATURES)})'
     return None
@@ -840,12 +917,15 @@ def official(benchmark, name, row, turns, written_at):
 
 def load_chat_model(folder):
     """A policy that writes answers, and its tokenizer: bfloat16 on a GPU, as benchmarks are run."""
-    tokenizer = load(AutoTokenizer, folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        fail(f"{folder}: the tokenizer has no chat template, so it cannot be asked a question")
+    tokenizer = load_tokenizer(folder)
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     return load(AutoModelForCausalLM, folder, kind="policy", dtype=dtype).eval().to(device), tokenizer
+
+
+def weights_stamp(folder):
+    """What tells other weights in the same folder: names, sizes and times of its files. [] for a model of the hub."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def answer_turn(model, tokenizer, conversations, temperature, most, batch_size):
@@ -854,7 +934,7 @@ def answer_turn(model, tokenizer, conversations, temperature, most, batch_size):
     A question that leaves no room in the context is answered by an "ERROR" that says so: it stays in the file, where
     it can be seen and counts as a bad answer. (FastChat's own tool writes "ERROR" too.)
     """
-    context = getattr(model.config, "max_position_embeddings", math.inf)
+    context = context_length(model)
     stop = model.generation_config.eos_token_id               # a chat model may have several, <|eot_id|> and more
     stop = {tokenizer.eos_token_id, *(stop if isinstance(stop, list) else [stop])} - {None}
     prompts, texts = [encode_prompt(tokenizer, messages) for messages in conversations], {}
@@ -876,28 +956,33 @@ def evaluate_answers(args):
     """Answers a benchmark's questions. NAME.jsonl.part grows batch by batch; the finished file takes its place."""
     check_numbers(args)
     (name, folder), = named([args.model], "--model").items()
-    known = BENCHMARKS[args.benchmark]
-    final = Path(args.output) / (f"{name}.json" if args.benchmark == "alpaca_eval" else f"{name}.jsonl")
-    part = final.with_name(final.name + ".part")              # not *.jsonl: the official tools read all of those
-    new_output(final, args.overwrite)
+    if Path(name).name != name:
+        fail(f"--model {name}={folder}: the name is that of a file, so it has no /")
     questions = benchmark_questions(args.questions, args.benchmark, args.bad_rows)
-    most = args.max_new_tokens or known["max_new_tokens"]
-    settings = {"model": folder, "benchmark": args.benchmark, "max_new_tokens": most, "batch_size": args.batch_size,
-                "seed": args.seed, "questions": hashlib.sha256(json.dumps([row for row, _, _ in questions]).encode())
-                .hexdigest()}
-    done, lines = {}, [] if args.overwrite else whole_lines(part)
-    if lines:
-        begun = json.loads(lines[0])
-        differ = [key for key, value in settings.items() if begun.get(key) != value]
-        if differ:
-            fail(f"{part}: was begun with another --{differ[0]}: {begun.get(differ[0])}. Go on with that, or pass "
-                 f"--overwrite to begin anew")
-        done = {number: answer for line in lines[1:] for number, answer in json.loads(line)}
-        print(f"{part}: {len(done)} of {len(questions)} questions are answered already")
+    final = new_output(Path(args.output) / (f"{name}.json" if args.benchmark == "alpaca_eval" else f"{name}.jsonl"),
+                       args.overwrite)
+    part = new_output(final.with_name(final.name + ".part"), True)             # not *.jsonl: official tools read those
+    most = args.max_new_tokens or BENCHMARKS[args.benchmark]["max_new_tokens"]
+    asked = hashlib.sha256(json.dumps([row for row, _, _ in questions]).encode()).hexdigest()
+    settings = {"model": folder, "weights": weights_stamp(folder), "benchmark": args.benchmark, "questions": asked,
+                "max_new_tokens": most, "batch_size": args.batch_size, "seed": args.seed}
     model, tokenizer = load_chat_model(folder)
-    part.parent.mkdir(parents=True, exist_ok=True)
-    if not lines:
-        part.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    log, lines = open_log(part)
+    done = {}
+    if len(lines) > 1 and not args.overwrite:
+        try:
+            begun = json.loads(lines[0])
+            differ = [key for key, value in settings.items() if begun[key] != value]
+            done = {number: texts for line in lines[1:] for number, texts in json.loads(line)}
+        except (ValueError, LookupError, TypeError):
+            fail(f"{part}: is in the way, and was not written here. Move it, or pass --overwrite")
+        if differ:
+            fail(f"{part}: was begun with another --{differ[0]}: {begun[differ[0]]}. Go on with that, or pass "
+                 f"--overwrite to begin anew")
+        print(f"{part}: {len(done)} of {len(questions)} questions are answered already")
+    else:
+        log.truncate(0)
+        append(log, settings)
     # Batches of one temperature, and of one number of turns; the longest questions first, so that memory runs out at
     # once or never. A batch has a seed of its own: a run that was stopped writes what it would have written.
     kinds = [(temperature, len(turns)) for _, turns, temperature in questions]
@@ -906,10 +991,10 @@ def evaluate_answers(args):
         if not batches or batches[-1][0] != kinds[i] or len(batches[-1][1]) == args.batch_size:
             batches.append((kinds[i], []))
         batches[-1][1].append(i)
-    for number, ((temperature, turns), batch) in enumerate(tqdm(batches, desc=args.benchmark)):
+    for batch_number, ((temperature, turns), batch) in enumerate(tqdm(batches, desc=args.benchmark)):
         if batch[0] in done:
             continue
-        torch.manual_seed(args.seed * 100_003 + number)
+        torch.manual_seed(args.seed * 100_003 + batch_number)
         conversations = [[] for _ in batch]
         for turn in range(turns):
             for i, messages in zip(batch, conversations):
@@ -917,17 +1002,15 @@ def evaluate_answers(args):
             texts = answer_turn(model, tokenizer, conversations, temperature, most, args.batch_size)
             for messages, text in zip(conversations, texts):
                 messages.append({"role": "assistant", "content": text})
-        said = [[message["content"] for message in messages[1::2]] for messages in conversations]
-        done |= {i: [turns, time.time()] for i, turns in zip(batch, said)}
-        with open(part, "a", encoding="utf-8") as file:       # a batch is one line: it is there, or it is not
-            file.write(json.dumps([[i, done[i]] for i in batch]) + "\n")
+        for i, messages in zip(batch, conversations):
+            done[i] = [message["content"] for message in messages[1::2]], time.time()
+        append(log, [[i, done[i]] for i in batch])            # a batch is one line: it is there, or it is not
     records = [official(args.benchmark, name, row, *done[i]) for i, (row, _, _) in enumerate(questions)]
     text = json.dumps(records, indent=2) if args.benchmark == "alpaca_eval" else "\n".join(map(json.dumps, records))
-    finished = part.with_name(part.name + ".finished")
-    finished.write_text(text + "\n", encoding="utf-8")
-    finished.replace(final)
+    write_file(final, text + "\n")
     part.unlink()
-    errors = sum(text.startswith("ERROR: the question has") for turns, _ in done.values() for text in turns)
+    log.close()
+    errors = sum(text.startswith("ERROR: the question has") for texts, _ in done.values() for text in texts)
     print(f"{final}: {len(records)} answers; {errors} turns had no room in the model's context")
     return records
 
@@ -1009,11 +1092,25 @@ def read_answers(files, bad_rows):
     return {model: {key: answers[key] for key in shared} for model, answers in models.items()}
 
 
+def hide(text, key):
+    """A server's text without the key, which some servers repeat. (A word of less than 8 letters is no key.)"""
+    return text.replace(key, "***") if len(key) >= 8 else text
+
+
+def message_text(message):
+    """The text of a reply's message. A refusal, or nothing, is an answer too: one that no score can be read from."""
+    content = message.get("content")
+    if isinstance(content, list):                             # in parts
+        content = "".join(part.get("text") or "" for part in content)
+    return str(content or message.get("refusal") or "").encode(errors="replace").decode()
+
+
 def ask(args, key, messages, stopped):
     """One chat completion from --judge_url: {"text", "prompt_tokens", "completion_tokens"}. Raises RuntimeError.
 
-    A reply that is late, dropped, malformed or refused for now (429, 5xx) is asked for again, each time after twice the
-    pause, or after what Retry-After says. What will not get better (a wrong key, model or address) ends it at once.
+    A reply that is late, dropped, malformed or refused for now (408, 409, 425, 429, 5xx) is asked for again, each time
+    after twice the pause, or after what Retry-After says. What will not get better (a wrong key, model or address) ends
+    it at once.
     stopped  threading.Event, set when the run has failed elsewhere
     """
     import requests                                           # here: nothing else needs it
@@ -1028,25 +1125,28 @@ def ask(args, key, messages, stopped):
             break
         pause = min(60.0, 2.0 ** attempt) * random.uniform(0.5, 1.0)
         try:
-            reply = requests.post(args.judge_url.rstrip("/") + "/chat/completions", auth=bearer, timeout=args.timeout,
+            reply = requests.post(args.judge_url + "/chat/completions", auth=bearer, timeout=args.timeout,
                                   allow_redirects=False, json={"model": args.judge_model, "messages": messages,
                                                                "temperature": 0, "max_tokens": args.max_new_tokens})
-            problem = f"HTTP {reply.status_code}: {reply.text[:300]}"
+            problem = f"HTTP {reply.status_code}: {' '.join(hide(reply.text, key).split())[:300]}"
+            if reply.status_code == 400 and "content_filter" in reply.text:    # this answer, not this judge
+                return {"text": ""}
             if reply.status_code == 200:
-                content, usage = reply.json(), {}
-                text = content["choices"][0]["message"]["content"]
-                if isinstance(text, str):
-                    usage = content.get("usage") or {}
-                    return {"text": text} | {name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}
-                problem = f"a reply without text: {reply.text[:300]}"
-            elif reply.status_code not in (408, 409, 425, 429) and reply.status_code < 500:
+                content = reply.json()
+                text = hide(message_text(content["choices"][0]["message"]), key)
+                usage = content["usage"] if isinstance(content.get("usage"), dict) else {}
+                return {"text": text} | {name: usage[name] for name in ("prompt_tokens", "completion_tokens")
+                                         if type(usage.get(name)) is int}
+            if reply.status_code not in (408, 409, 425, 429) and reply.status_code < 500:
                 break
             if reply.headers.get("Retry-After", "").isdigit():
                 pause = min(600.0, float(reply.headers["Retry-After"]))
-        except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
-            problem = f"{type(error).__name__}: {error}"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            problem += " (not a chat completion)"
+        except requests.RequestException as error:
+            problem = hide(f"{type(error).__name__}: {error}", key)
         stopped.wait(pause if attempt < args.retries else 0)
-    raise RuntimeError(problem.replace(key, "***"))           # some servers repeat the key that they refuse
+    raise RuntimeError(problem)
 
 
 def ask_address(args, key, jobs, record):
@@ -1096,51 +1196,60 @@ def ask_folder(args, jobs, record):
 def evaluate_judge(args):
     """Scores of Appendix I, and the wins that follow. Every reply is kept in replies.jsonl: it is paid for once."""
     check_numbers(args)
-    key, address = os.environ.get("OPENAI_API_KEY", "").strip(), urllib.parse.urlsplit(args.judge_url)
-    if args.judge_url and (address.scheme not in ("http", "https") or not address.hostname):
+    key, args.judge_url = os.environ.get("OPENAI_API_KEY", "").strip(), args.judge_url.rstrip("/")
+    try:
+        address = urllib.parse.urlsplit(args.judge_url)
+        known = not args.judge_url or (address.scheme in ("http", "https") and address.hostname and address.port != 0)
+    except ValueError:
+        known = False
+    if not known:
         fail(f"--judge_url {args.judge_url}: not an address such as https://api.openai.com/v1")
-    if address.username or address.password or address.query:
+    if address.username or address.password or address.query or address.fragment or (len(key) >= 8 and key in
+                                                                                     args.judge_url):
         fail("--judge_url: a key does not belong in the address, which is logged. Put it into OPENAI_API_KEY")
+    if not 0 < args.timeout <= 86400:
+        fail(f"--timeout {args.timeout}: seconds, more than 0 and at most a day")
     if args.judge_url and not re.fullmatch(r"[!-~]+", key):
         fail("--judge_url needs a key in the environment variable OPENAI_API_KEY (a server that wants none: any word)")
     if not args.judge_url and not Path(args.judge_model).is_dir():
         fail(f"--judge_model {args.judge_model}: no such folder. For a model behind an address, pass --judge_url")
-    output = Path(args.output)
-    for name in ("judge.json", "verdicts.jsonl"):
-        new_output(output / name, args.overwrite or args.dry_run)
-    models = read_answers(args.answers, args.bad_rows)
+    models, output = read_answers(args.answers, args.bad_rows), Path(args.output)
+    for name in () if args.dry_run else ("judge.json", "verdicts.jsonl"):
+        new_output(output / name, args.overwrite)
 
     # One request per answer: Appendix I shows the judge one response at a time. "The sequence of responses was
     # randomized": which model's answer to a question is sent first is drawn per question, and recorded.
-    place, needed = {}, {}
+    sent_as, needed, stamp = {}, {}, [] if args.judge_url else weights_stamp(args.judge_model)
     for number, which in enumerate(next(iter(models.values()))):
         order = random.Random(f"{args.seed} {number}").sample(sorted(models), len(models))
         for position, model in enumerate(order, 1):
             messages = judge_messages(json.loads(which[0]), models[model][which])
-            asked = [args.judge_model, args.judge_url, args.max_new_tokens, messages]
+            asked = [args.judge_model, args.judge_url, stamp, args.max_new_tokens, messages]
             identity = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-            place[model, which] = position, identity
+            sent_as[model, which] = position, identity
             needed[identity] = messages                       # equal answers are judged once
-    replies, kept = {}, output / "replies.jsonl"
-    for number, line in enumerate(whole_lines(kept), 1):
+    replies, kept, log = {}, output / "replies.jsonl", None
+    if args.dry_run:
+        lines = kept_lines(kept.read_bytes()) if kept.is_file() else []
+    else:
+        log, lines = open_log(new_output(kept, True))
+    for number, line in enumerate(lines, 1):
         try:
             reply = json.loads(line)
-            replies[reply["request"]] = reply
+            replies[reply["request"]] = {"text": str(reply["text"])} | reply
         except (ValueError, LookupError, TypeError):
             fail(f"{kept}:{number}: not a reply that was kept here. Delete the line: that request is sent again")
     jobs = [(identity, messages) for identity, messages in needed.items() if identity not in replies]
     characters = sum(len(message["content"]) for _, messages in jobs for message in messages)
-    print(f"{len(place)} answers of {len(models)} models; {len(needed) - len(jobs)} verdicts are there; {len(jobs)} "
+    print(f"{len(sent_as)} answers of {len(models)} models; {len(needed) - len(jobs)} verdicts are there; {len(jobs)} "
           f"requests to make: about {characters // 4:,} tokens in (4 characters each), at most "
           f"{len(jobs) * args.max_new_tokens:,} out")
     if args.dry_run:
         return None
-    output.mkdir(parents=True, exist_ok=True)
 
     def record(job, reply):
         replies[job[0]] = {"request": job[0], "judge": args.judge_model} | reply
-        with open(kept, "a", encoding="utf-8") as file:
-            file.write(json.dumps(replies[job[0]]) + "\n")
+        append(log, replies[job[0]])
 
     if args.judge_url:
         ask_address(args, key, jobs, record)
@@ -1148,8 +1257,9 @@ def evaluate_judge(args):
         ask_folder(args, jobs, record)
 
     verdicts = [{"model": model, "prompt": json.loads(which[0]), "response": answers[which],
-                 "position": place[model, which][0], "score": parse_verdict(replies[place[model, which][1]]["text"]),
-                 "verdict": replies[place[model, which][1]]["text"]}
+                 "position": sent_as[model, which][0],
+                 "score": parse_verdict(replies[sent_as[model, which][1]]["text"]),
+                 "verdict": replies[sent_as[model, which][1]]["text"]}
                 for model, answers in models.items() for which in answers]
     result = {"answers": args.answers, "judge_model": args.judge_model, "judge_url": args.judge_url, "models": {},
               "tokens": {name: sum(replies[identity].get(name) or 0 for identity in needed)
@@ -1159,9 +1269,9 @@ def evaluate_judge(args):
     prompts = [which[0] for which in next(iter(models.values()))]
     for model, x in scores.items():
         known = ~x.isnan()                                    # (N,)
-        of = [prompt for prompt, there in zip(prompts, known.tolist()) if there]
-        result["models"][model] = {"score": bootstrap(x[known], args.seed, of) if of else None, "answers": len(x),
-                                   "unreadable": int((~known).sum()),
+        judged = [prompt for prompt, there in zip(prompts, known.tolist()) if there]
+        result["models"][model] = {"answers": len(x), "unreadable": int((~known).sum()),
+                                   "score": bootstrap(x[known], args.seed, judged) if judged else None,
                                    "points": {str(n): int((x == n).sum()) for n in range(6)}}
     result["outcomes"] = outcomes(scores)                     # a win rate counts a tie half: win + tie / 2
     result["unjudged"] = sum(x["unreadable"] for x in result["models"].values())
@@ -1172,9 +1282,9 @@ def evaluate_judge(args):
         print(f"{model:12} {score} {x['unreadable']:11}   " + ", ".join(
             f"{b} {it['win']:.0%} / {it['tie']:.0%} / {it['lose']:.0%}" for b, it in result["outcomes"][model].items()
             if it["pairs"]))
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in verdicts)
-    (output / "verdicts.jsonl").write_text(text, encoding="utf-8")
-    write_json(output / "judge.json", result, args.overwrite)
+    write_file(output / "verdicts.jsonl", json_lines(verdicts))
+    write_file(output / "judge.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    log.close()
     return result
 
 
@@ -1184,10 +1294,16 @@ COMMANDS = {"values": (ValuesArgs, evaluate_values), "policy": (PolicyArgs, eval
 
 
 def main(argv):
+    if argv and argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
     if not argv or argv[0] not in COMMANDS:
         fail(f"the first word must be one of {', '.join(COMMANDS)} (python evaluate.py values --help)")
     arguments, command = COMMANDS[argv[0]]
-    command(parse_args(arguments, argv[1:]))
+    try:
+        command(parse_args(arguments, argv[1:]))
+    except KeyboardInterrupt:
+        fail("stopped. The same command goes on (answers, judge) or begins again (values, policy)")
 
 
 if __name__ == "__main__":

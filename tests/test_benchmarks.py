@@ -72,10 +72,10 @@ def test_the_benchmarks_own_settings(dvpo_run, tmp_path, monkeypatch, benchmark,
     asked = []
     monkeypatch.setattr(evaluate, "answer_turn", lambda model, tokenizer, conversations, temperature, most, batch_size:
                         asked.append((temperature, most)) or ["x"] * len(conversations))
-    row = {"mt_bench": {"question_id": 81, "category": "writing", "turns": ["q"]}, "alpaca_eval": {"instruction": "q"},
+    row = {"mt_bench": {"question_id": 81, "category": "writing", "turns": ["q", "r"]}, "alpaca_eval": {"instruction": "q"},
            "arena_hard": {"uid": "1", "category": "c", "prompt": "q"}}[benchmark]
     evaluate.evaluate_answers(answers_args(dvpo_run, tmp_path, benchmark, [row], max_new_tokens=None, bad_rows="skip"))
-    assert asked == [(temperature, most)]
+    assert set(asked) == {(temperature, most)}
 
 
 def test_alpaca_eval_and_arena_hard_files(dvpo_run, tmp_path):
@@ -122,6 +122,41 @@ def test_a_stop_loses_one_batch_and_changes_nothing(dvpo_run, tmp_path, monkeypa
     assert len(asked) == len(set(asked)) == 80 and not part.exists()
     whole, resumed = ([answer["choices"] for answer in read_lines(tmp_path / name / "dvpo.jsonl")] for name in ("whole", "out"))
     assert whole == resumed
+
+
+def test_other_weights_in_the_same_folder_are_another_model(dvpo_run, sft_run, tmp_path, monkeypatch):
+    import shutil
+    shutil.copytree(dvpo_run, tmp_path / "m")
+    args = answers_args(tmp_path / "m", tmp_path, "arena_hard", [{"uid": str(i), "prompt": f"Is it {i}?"} for i in range(4)], batch_size=2)
+    turn, calls = evaluate.answer_turn, []
+
+    def stopped(*everything):
+        calls.append(1)
+        return turn(*everything) if len(calls) < 2 else [][1]
+
+    monkeypatch.setattr(evaluate, "answer_turn", stopped)
+    with pytest.raises(IndexError):
+        evaluate.evaluate_answers(args)
+    shutil.copy(sft_run / "model.safetensors", tmp_path / "m" / "model.safetensors")
+    with pytest.raises(SystemExit, match="was begun with another --weights"):
+        evaluate.evaluate_answers(args)
+    (tmp_path / "out" / "m.jsonl.part").write_text("my notes\nand more\n")
+    with pytest.raises(SystemExit, match="is in the way, and was not written here"):
+        evaluate.evaluate_answers(args)
+    assert (tmp_path / "out" / "m.jsonl.part").read_text() == "my notes\nand more\n"
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model": "../escape={run}"}, "has no /"), ({"model": "={run}"}, "no name before the ="), ({"seed": 2 ** 40}, "--seed"),
+    ({"output": "{file}"}, "cannot be written"), ({"output": "{taken}"}, "is a folder, and a file of that name")])
+def test_bad_settings_of_answers(dvpo_run, tmp_path, changes, message):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "taken" / f"{dvpo_run.name}.json").mkdir(parents=True)
+    filled = {name: value.format(run=dvpo_run, file=tmp_path / "file", taken=tmp_path / "taken") if isinstance(value, str) else value
+              for name, value in changes.items()}
+    with pytest.raises(SystemExit, match=message):
+        evaluate.evaluate_answers(answers_args(dvpo_run, tmp_path, "alpaca_eval", [{"instruction": "q"}], **filled))
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_question_with_little_room_gets_what_is_there(dvpo_run, world):
@@ -174,7 +209,7 @@ GOOD = {"question_id": 81, "category": "writing", "turns": ["a", "b"]}
     ("mt_bench", [GOOD | {"refrence": ["x"]}], r':1: unknown field "refrence" \(a question of mt_bench has category'),
     ("mt_bench", [GOOD | {"category": "poetry"}], "'poetry' has no temperature"),
     ("mt_bench", [GOOD | {"turns": ["a", 3]}], "a question is empty or not a string"),
-    ("mt_bench", [GOOD | {"turns": []}], "a question is empty or not a string"),
+    ("mt_bench", [GOOD | {"turns": ["a"]}], "has 1 turns, not two"),
     ("mt_bench", [{"category": "writing", "turns": ["a"]}], ':1: no field "question_id"'),
     ("mt_bench", [GOOD], "82, 83, 84, 85, 86 (79 in all) are not here"),
     ("alpaca_eval", [{"prompt": "x"}], ':1: no field "instruction"'),
@@ -192,10 +227,12 @@ def test_bad_question_files(dvpo_run, tmp_path):
     args = answers_args(dvpo_run, tmp_path, "alpaca_eval", [{"instruction": "a"}, {"nothing": 1}], bad_rows="skip")
     assert len(evaluate.evaluate_answers(args)) == 1
     for content, message in ((b'{"instruction": "a"}\n{"instruct', "bad.jsonl:2: not a file of JSON lines"),
-                             (b"\xff\xfe", "bad.jsonl: not a file"), (b"[1, 2", "bad.jsonl: not a file")):
+                             (b"\xff\xfe", "bad.jsonl: not a file"), (b'{"instruction": "\\ud800"}', "bad.jsonl:1: not a file"), (b"[1, 2", "bad.jsonl: not a file")):
         (tmp_path / "bad.jsonl").write_bytes(content)
         with pytest.raises(SystemExit, match=message):
             evaluate.benchmark_questions(tmp_path / "bad.jsonl", "alpaca_eval", "error")
+    (tmp_path / "bom.jsonl").write_bytes(b'\xef\xbb\xbf{"instruction": "a"}\r\n')
+    assert evaluate.benchmark_questions(tmp_path / "bom.jsonl", "alpaca_eval", "error")[0][1] == ["a"]
     with pytest.raises(SystemExit, match="--questions .*none.jsonl: no such file"):
         evaluate.benchmark_questions(tmp_path / "none.jsonl", "alpaca_eval", "error")
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import ROOT, read_lines
+from conftest import ROOT, read_lines, write_rows
 
 import evaluate
 
@@ -19,6 +19,13 @@ def test_bootstrap_covers_the_mean():
         hits += x["low"] < 2 < x["high"]
     assert 0.88 <= hits / 200 <= 0.98
     assert evaluate.bootstrap([1.0] * 5, 0) == {"mean": 1.0, "low": 1.0, "high": 1.0}
+
+
+def test_bootstrap_draws_groups():
+    """Twenty values of two prompts are two draws, however often each prompt was answered."""
+    values = [0.0] * 10 + [1.0] * 10
+    grouped, single = evaluate.bootstrap(values, 3, "a" * 10 + "b" * 10), evaluate.bootstrap([0.0, 1.0], 3)
+    assert grouped == single != evaluate.bootstrap(values, 3)
 
 
 def test_wins():
@@ -54,10 +61,15 @@ def test_values_by_margin_and_by_policy(gvm_run, gvm_args):
     margin = numpy.array([abs(row["score_chosen"] - row["score_rejected"]) for row in rows])
     edges = [*numpy.quantile(margin, (0, 0.25, 0.5, 0.75)), numpy.inf]
     assert [x["pairs"] for x in margins.values()] == [((low <= margin) & (margin < high)).sum() for low, high in zip(edges, edges[1:])]
-    assert list(margins)[0].startswith(f"{edges[0]:.3g} to {edges[1]:.3g}")
+    first = margin[margin < edges[1]]
+    assert list(margins)[0] == f"1: {first.min():.4g} to {first.max():.4g}"
+    close = [{"score_chosen": 1000 + i / 100, "score_rejected": 0.0} for i in range(40)]
+    assert [len(numbers) for numbers in evaluate.margin_groups(close).values()] == [10] * 4        # close edges are four groups
+    ties = [{"score_chosen": n, "score_rejected": 0} for n in [1] * 70 + [2] * 20 + [3] * 10]
+    assert {label: len(numbers) for label, numbers in evaluate.margin_groups(ties).items()} == {"1: 1 to 1": 70, "2: 2 to 3": 30}
     for policy, x in policies.items():
         assert x["pairs"] == sum(policy in (row["policy_chosen"], row["policy_rejected"]) for row in rows)
-    assert evaluate.margin_groups([{"score_chosen": 1, "score_rejected": 0.5}] * 3) == {"0.5": [0, 1, 2]}
+    assert evaluate.margin_groups([{"score_chosen": 1, "score_rejected": 0.5}] * 3) == {"1: 0.5 to 0.5": [0, 1, 2]}
     assert evaluate.margin_groups([{"score_chosen": 1, "score_rejected": 0.5}, {}]) == {} == evaluate.policy_groups([{}])
 
 
@@ -96,6 +108,91 @@ def test_bellman_backup_against_a_loop():
     # Appendix B's rewards, Q_t - gamma Q_{t+1}, sum up to the first value.
     q_next = torch.nn.functional.pad(torch.where(mask, q, 0.0)[:, 1:], (0, 1))
     assert torch.allclose(torch.where(mask, q - q_next, 0.0).sum(-1), q[first])
+
+
+def test_values_reads_tau_first(gvm_run, gvm_args, tmp_path):
+    """A GVM that was trained behind tau: its answers are scored behind two answers of the same policy."""
+    model, tokenizer, _ = evaluate.load_value_model(str(gvm_run))
+    torch.nn.init.normal_(evaluate.value_head(model).weight)  # so that every token before matters
+    model.config.gvm["tau_pairs"] = 2
+    model.save_pretrained(tmp_path / "tau")
+    tokenizer.save_pretrained(tmp_path / "tau")
+    rows = read_lines(Path(gvm_args.data) / "test_pairs.jsonl")
+    args = evaluate.ValuesArgs(data=gvm_args.data)
+    _, behind, _, k = evaluate.score_pairs(str(tmp_path / "tau"), rows, args)
+    model.config.gvm["tau_pairs"] = 0
+    model.save_pretrained(tmp_path / "tau")
+    _, plain, _, _ = evaluate.score_pairs(str(tmp_path / "tau"), rows, args)
+    assert k == 2 and not torch.allclose(behind["mean"][0], plain["mean"][0])
+
+
+def test_values_refuses(gvm_run, gvm_args, tmp_path):
+    model, tokenizer, _ = evaluate.load_value_model(str(gvm_run))
+    tokenizer.save_pretrained(tmp_path / "nan")
+    torch.nn.init.constant_(evaluate.value_head(model).weight, torch.nan)
+    model.save_pretrained(tmp_path / "nan")
+    three = evaluate.AutoModelForTokenClassification.from_pretrained(gvm_run, num_labels=3, ignore_mismatched_sizes=True)
+    tokenizer.save_pretrained(tmp_path / "three")
+    three.save_pretrained(tmp_path / "three")
+    tokenizer.chat_template = None
+    model.save_pretrained(tmp_path / "mute")
+    tokenizer.save_pretrained(tmp_path / "mute")
+    for name, message in (("nan", "values that are not finite"), ("three", "has 3 outputs per token"), ("mute", "no chat template")):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(tmp_path / name)], data=gvm_args.data))
+    row = read_lines(Path(gvm_args.data) / "test_pairs.jsonl")[0]
+    for change, message in (({"policy_chosen": ["x"]}, '"policy_chosen" is empty or not a string'),
+                            ({"score_chosen": "high"}, '"score_chosen" is not a finite number'),
+                            ({"score_chosen": 1e308, "score_rejected": -1e308}, "its margin is not finite")):
+        write_rows(tmp_path / "data" / "test_pairs.jsonl", [row, row | change])
+        with pytest.raises(SystemExit, match=f"test_pairs.jsonl:2: {message}"):
+            evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=str(tmp_path / "data")))
+    with pytest.raises(SystemExit, match="given twice"):
+        evaluate.main(["values", "--models", "a", "--models", "b"])
+    for output, message in ((tmp_path, "is a folder"), (tmp_path / "data" / "test_pairs.jsonl" / "x.json", "cannot be written")):
+        with pytest.raises(SystemExit, match=message):
+            evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=gvm_args.data, output=str(output), overwrite=True))
+
+
+def test_rows_beyond_the_context_are_dropped(gvm_run, gvm_args, tmp_path):
+    model, tokenizer, _ = evaluate.load_value_model(str(gvm_run))
+    lengths = [max(len(evaluate.encode_prompt(tokenizer, row["prompt"])) + len(evaluate.encode_response(tokenizer, row[side]))
+                   for side in ("chosen", "rejected")) for row in read_lines(Path(gvm_args.data) / "test_pairs.jsonl")]
+    model.config.max_position_embeddings = sorted(lengths)[len(lengths) // 2]
+    model.save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    found = evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(tmp_path / "short")], data=gvm_args.data))["models"]["short"]
+    assert found["pairs"] == sum(n <= model.config.max_position_embeddings for n in lengths) < len(lengths)
+
+
+def test_kl_is_that_of_the_answer_alone(sft_run, dvpo_run, world, tmp_path):
+    """log pi - log pi_ref summed over one sampled answer, by hand; positive on average."""
+    args = evaluate.PolicyArgs(batch_size=4, max_response_length=8)
+    model, tokenizer = evaluate.load_chat_model(str(dvpo_run))
+    reference, _ = evaluate.load_chat_model(str(sft_run))
+    with torch.no_grad():                                     # far enough from the reference to tell a sign
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    prompts = [evaluate.encode_prompt(tokenizer, text) for text in ("Is Malta an island?", "What is the capital of Cuba?")] * 2
+    torch.manual_seed(0)
+    found = evaluate.answer(model, reference, tokenizer, prompts, args)
+    for prompt, (response, kl) in zip(prompts, found):
+        ids = torch.tensor([[*prompt, *response]])
+        by_hand = sum((m(ids).logits[0].log_softmax(-1)[range(len(prompt) - 1, ids.shape[1] - 1), response].sum() * sign)
+                      for m, sign in ((model, 1), (reference, -1)))
+        assert kl == pytest.approx(by_hand.item(), abs=1e-3)
+    assert sum(kl for _, kl in found) > 0
+
+
+def test_a_failing_judge_loses_no_answer(sft_run, world, tmp_path):
+    (tmp_path / "judge.py").write_text("def judge(prompt, response):\n    raise SystemExit('no\\nmore')\n")
+    args = evaluate.PolicyArgs(models=[str(sft_run)], data=str(world / "data"), samples=1, judge=f"{tmp_path / 'judge.py'}:judge",
+                               output=str(tmp_path / "eval"), max_response_length=4)
+    with pytest.raises(SystemExit, match="SystemExit: no more"):
+        evaluate.evaluate_policy(args)
+    assert len(read_lines(tmp_path / "eval" / "answers.jsonl")) == len(read_lines(world / "data" / "test_prompts.jsonl"))
+    with pytest.raises(SystemExit, match="more than the context"):
+        evaluate.evaluate_policy(evaluate.PolicyArgs(**vars(args) | {"max_response_length": 600, "overwrite": True}))
 
 
 def test_a_critic_is_read_before_the_last_token(ppo_run, world):
@@ -139,5 +236,5 @@ def test_policy(sft_run, dvpo_run, world, tmp_path):
     assert unjudged["models"]["dvpo"]["kl"] == result["models"]["dvpo"]["kl"] and "score" not in unjudged["models"]["dvpo"]
     again = evaluate.evaluate_policy(evaluate.PolicyArgs(**vars(args) | {"output": ""}))
     assert again["models"] == result["models"]                                 # the same seed, the same samples
-    with pytest.raises(SystemExit, match="holds an evaluation"):
+    with pytest.raises(SystemExit, match="policy.json: exists already"):
         evaluate.evaluate_policy(args)

@@ -1,6 +1,9 @@
 """evaluate.py judge: a language model as judge, asked over HTTP (a server that the test starts) or from a folder."""
 import contextlib
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,9 +46,11 @@ class Judge(BaseHTTPRequestHandler):
             reply["choices"][0]["message"]["content"] = "I would say four or five points."
         if fault == "empty":
             reply["choices"] = []
-        status = {"limited": 429, "broken": 500, "refused": 401, "moved": 307}.get(fault, 200)
-        text = {"malformed": '{"choices": [{"mess', "refused": f"bad key {self.headers['Authorization']}"}.get(
-            fault, json.dumps(reply))
+        reply |= server.also
+        reply["choices"] = [{"message": choice["message"] | server.message} for choice in reply["choices"]]
+        status = {"limited": 429, "broken": 500, "refused": 401, "moved": 307, "filtered": 400}.get(fault, 200)
+        text = {"malformed": '{"choices": [{"mess', "refused": f"{' ' * server.before} bad key {self.headers['Authorization']}",
+                "error": '{"error": "over capacity"}', "filtered": '{"error": {"code": "content_filter"}}'}.get(fault, json.dumps(reply))
         with contextlib.suppress(OSError):                    # who has waited too long has hung up
             self.send_response(status)
             if fault == "limited":
@@ -61,6 +66,7 @@ def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     server.daemon_threads, server.lock, server.requests, server.script = True, threading.Lock(), [], []
     server.always, server.pause, server.busy, server.most_busy = "good", 0.0, 0, 0
+    server.also, server.message, server.before = {}, {}, 0    # what else is in a reply, and in its message
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
@@ -137,7 +143,7 @@ def test_scores_and_wins(server, judge_args, capsys):
         evaluate.evaluate_judge(judge_args)
 
 
-@pytest.mark.parametrize("fault", ["slow", "malformed", "limited", "dropped", "broken", "empty"])
+@pytest.mark.parametrize("fault", ["slow", "malformed", "limited", "dropped", "broken", "empty", "error"])
 def test_a_fault_that_passes_is_asked_again(server, judge_args, fault):
     server.script = ["good", fault, "good", fault, fault]
     result = evaluate.evaluate_judge(judge_args)
@@ -153,6 +159,91 @@ def test_a_judge_that_never_answers_ends_the_run(server, judge_args, fault, requ
     assert len(server.requests) == requests                   # one job and its retries, not all twelve
     assert KEY not in str(stop.value) + capsys.readouterr().out
     assert not (Path(judge_args.output) / "judge.json").exists()
+
+
+def test_the_key_is_nowhere(server, judge_args, capsys):
+    """A server that repeats it: in an error that is cut short, in a verdict, in what it says it used."""
+    server.always = "refused"
+    for server.before in range(250, 300, 7):
+        with pytest.raises(SystemExit) as stop:
+            evaluate.evaluate_judge(judge_args)
+        assert KEY[:9] not in str(stop.value)
+    server.always, server.message = "good", {"content": f"Score: 3 Evaluation evidence: your key is {KEY}"}
+    server.also = {"usage": {"prompt_tokens": KEY, "completion_tokens": 7}, "id": KEY}
+    result = evaluate.evaluate_judge(judge_args)
+    assert result["models"]["a"]["points"]["3"] == 6 and result["tokens"] == {"prompt_tokens": 0, "completion_tokens": 84}
+    assert not any(KEY in file.read_text() for file in Path(judge_args.output).rglob("*")) and KEY not in capsys.readouterr().out
+    for url in (f"{server.url}/{KEY}", f"{server.url}#{KEY}"):
+        with pytest.raises(SystemExit, match="does not belong in the address") as stop:
+            evaluate.evaluate_judge(change(judge_args, judge_url=url))
+        assert KEY not in str(stop.value)
+
+
+@pytest.mark.parametrize("message, also", [({"content": None, "refusal": "I cannot judge this."}, {}), ({"content": None}, {}),
+                                           ({"content": "\ud800 is half a character"}, {}), ({"content": [{"type": "text", "text": "No."}]}, {})])
+def test_an_answer_that_is_no_verdict_is_counted_and_paid_once(server, judge_args, message, also):
+    server.message = message
+    assert evaluate.evaluate_judge(judge_args)["unjudged"] == 12 and len(server.requests) == 12
+
+
+def test_content_in_parts_and_a_content_filter(server, judge_args):
+    server.message = {"content": [{"type": "text", "text": "Score: 2 "}, {"type": "text", "text": "Evaluation evidence: parts"}]}
+    server.also, server.script = {"usage": ["none"]}, ["filtered"]
+    result = evaluate.evaluate_judge(judge_args)
+    assert result["unjudged"] == 1 and sum(x["points"]["2"] for x in result["models"].values()) == 11
+
+
+def test_a_dry_run_leaves_a_reply_without_a_line_end(server, judge_args):
+    evaluate.evaluate_judge(judge_args)
+    kept = Path(judge_args.output) / "replies.jsonl"
+    kept.write_bytes(kept.read_bytes().removesuffix(b"\n"))   # whole, but for its end
+    content, before = kept.read_bytes(), len(server.requests)
+    evaluate.evaluate_judge(change(judge_args, dry_run=True))
+    assert kept.read_bytes() == content
+    evaluate.evaluate_judge(change(judge_args, overwrite=True, judge_url=server.url + "/"))        # the same address
+    assert len(server.requests) == before and kept.read_bytes() == content + b"\n"
+
+
+def test_one_judge_at_a_time(server, judge_args):
+    """Another process holds the replies: nothing is asked, nothing is touched."""
+    evaluate.evaluate_judge(judge_args)
+    kept, before = Path(judge_args.output) / "replies.jsonl", len(server.requests)
+    holder = subprocess.Popen([sys.executable, "-c", f"import fcntl, time; f = open({str(kept)!r}, 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+                               "print('held', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        verdicts = (kept.parent / "verdicts.jsonl").stat().st_mtime_ns
+        with pytest.raises(SystemExit, match="another process is writing it"):
+            evaluate.evaluate_judge(change(judge_args, overwrite=True, judge_model="another"))
+        assert len(server.requests) == before and (kept.parent / "verdicts.jsonl").stat().st_mtime_ns == verdicts
+    finally:
+        holder.kill()
+
+
+def test_verdicts_are_not_overwritten(server, judge_args):
+    evaluate.evaluate_judge(judge_args)
+    (Path(judge_args.output) / "judge.json").unlink()
+    before = len(server.requests)
+    with pytest.raises(SystemExit, match="verdicts.jsonl: exists already"):
+        evaluate.evaluate_judge(change(judge_args, judge_model="another"))
+    assert len(server.requests) == before                     # said before anything is paid
+
+
+def test_ctrl_c_keeps_the_replies(server, judge_args):
+    server.pause = 0.2
+    command = [sys.executable, str(ROOT / "evaluate.py"), "judge", "--answers", *judge_args.answers, "--judge_url", server.url,
+               "--output", judge_args.output, "--concurrency", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(server.requests) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    kept = len(read_lines(Path(judge_args.output) / "replies.jsonl"))
+    assert process.returncode == 1 and err.strip().endswith("begins again (values, policy)") and "Traceback" not in err
+    assert 2 <= kept <= 4 and kept == len(server.requests)    # what was under way ended, and is kept
+    server.pause = 0.0
+    evaluate.evaluate_judge(judge_args)
+    assert len(server.requests) == 12
 
 
 def test_an_interrupted_run_does_not_pay_twice(server, judge_args):
@@ -174,6 +265,7 @@ def test_an_interrupted_run_does_not_pay_twice(server, judge_args):
     kept.write_text("nonsense\n" + kept.read_text())
     with pytest.raises(SystemExit, match="replies.jsonl:1: not a reply"):
         evaluate.evaluate_judge(change(judge_args, overwrite=True))
+    assert len(read_lines(Path(judge_args.output) / "verdicts.jsonl")) == 12
 
 
 def test_what_cannot_be_read_is_counted(server, judge_args, capsys):
@@ -186,6 +278,15 @@ def test_what_cannot_be_read_is_counted(server, judge_args, capsys):
     assert some["unjudged"] == 1 and some["outcomes"]["a"]["b"]["pairs"] == 5  # its pair does not count
     lost = [line for line in read_lines(Path(judge_args.output).parent / "judge2" / "verdicts.jsonl") if line["score"] is None]
     assert [line["verdict"] for line in lost] == ["I would say four or five points."]
+
+
+def test_the_interval_is_over_prompts(server, judge_args, tmp_path):
+    """Five answers to each of two questions: two draws, not ten."""
+    stars = [1] * 5 + [4] * 5
+    write_rows(tmp_path / "more.jsonl", [{"model": "a", "prompt": f"q{i // 5}", "response": f"{i} " + "*" * n} for i, n in enumerate(stars)])
+    result = evaluate.evaluate_judge(change(judge_args, answers=[str(tmp_path / "more.jsonl")]))
+    assert result["models"]["a"]["score"] == evaluate.bootstrap([float(n) for n in stars], 1, [f"q{i // 5}" for i in range(10)])
+    assert result["models"]["a"]["score"] != evaluate.bootstrap([float(n) for n in stars], 1)
 
 
 def test_equal_answers_are_judged_once(server, judge_args, tmp_path):
@@ -220,7 +321,8 @@ def test_alpaca_eval_outputs_can_be_judged(server, judge_args, tmp_path):
 @pytest.mark.parametrize("changes, message", [
     ({"judge_url": "http://me:pw@127.0.0.1/v1"}, "does not belong in the address"),
     ({"judge_url": "http://127.0.0.1/v1?api_key=x"}, "does not belong in the address"),
-    ({"judge_url": "gpt-4o"}, "not an address"), ({"judge_url": ""}, "no such folder.*--judge_url"),
+    ({"judge_url": "gpt-4o"}, "not an address"), ({"judge_url": "http://[::1"}, "not an address"), ({"timeout": 0.0}, "--timeout 0.0"),
+    ({"judge_url": "http://127.0.0.1:99999/v1"}, "not an address"), ({"output": __file__}, "cannot be written"), ({"judge_url": ""}, "no such folder.*--judge_url"),
     ({"answers": ["nowhere.jsonl"]}, "nowhere.jsonl: no such file"), ({"concurrency": 0}, "--concurrency 0")])
 def test_bad_settings(server, judge_args, changes, message):
     with pytest.raises(SystemExit, match=message):
