@@ -14,8 +14,10 @@ order, but matplotlib joins no Arabic or Hindi letters and knows no coloured emo
 """
 import html
 import importlib.util
+import itertools
 import json
 import math
+import os
 import sys
 import textwrap
 import unicodedata
@@ -34,6 +36,8 @@ from transformers.utils import logging as transformers_logging
 
 matplotlib.use("Agg")                                         # files, no window
 import matplotlib.pyplot as plt  # noqa: E402
+
+matplotlib.rcParams["text.parse_math"] = False                # a dollar sign in a text or a name is just that
 
 
 # ---- 1. Arguments ----
@@ -171,18 +175,36 @@ def judged_score(judge, place, prompt, response):
 
 
 def new_file(folder, name, overwrite):
-    """The path of a figure to write; refuses one that exists, without --overwrite."""
+    """The path of a figure to write, its folder made; refuses one that exists, without --overwrite."""
     path = Path(folder) / name
-    if path.exists() and not overwrite:
-        fail(f"{path}: exists already. Choose another --output, or pass --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.is_dir():
+            fail(f"{path}: is a folder, and a figure of that name is to be written. Choose another --output")
+        if path.exists() and not overwrite:
+            fail(f"{path}: exists already. Choose another --output, or pass --overwrite")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError("no permission to write there")
+    except OSError as problem:
+        fail(f"{path}: cannot be written ({problem}). Choose another --output")
     return path
 
 
 def read_json(path, maker):
+    """The JSON object in a file that `maker` writes."""
     if not Path(path).is_file():
         fail(f"{path}: no such file ({maker} writes it)")
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        fail(f"{path}: not JSON that can be read ({problem}). {maker} writes it")
+    return content if isinstance(content, dict) else fail(f"{path}: not a JSON object. {maker} writes it")
+
+
+def has_numbers(row, *names):
+    """Is it a JSON object with a finite number under each name?"""
+    return isinstance(row, dict) and all(type(row.get(name)) in (int, float) and math.isfinite(row[name])
+                                         for name in names)
 
 
 def token_texts(tokenizer, ids):
@@ -199,6 +221,23 @@ def token_texts(tokenizer, ids):
 
 
 # ---- 3. Token values (Figure 3) ----
+def load_gvm(folder):
+    """(tokenizer, model) of a value model that says Q(tau, s, a): one number per token, read after it."""
+    tokenizer, config = load(AutoTokenizer, folder), load(AutoConfig, folder)
+    if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
+        fail(f"{folder}: holds a reward model, which scores whole answers. A token-level value model is wanted here: "
+             f"the output of train_gvm.py")
+    if getattr(config, "critic", False):
+        fail(f"{folder}: holds a PPO critic, whose values are V(s_t), before the token: `evaluate.py values` reads it. "
+             f"The output of train_gvm.py is wanted here")
+    if tokenizer.chat_template is None:
+        fail(f"{folder}: the tokenizer has no chat template, so the prompt cannot be asked")
+    gvm = load(AutoModelForTokenClassification, folder, kind="value", dtype=torch.float32).eval()
+    if gvm.config.num_labels != 1:
+        fail(f"{folder}: has {gvm.config.num_labels} outputs per token; a value model has one")
+    return tokenizer, gvm
+
+
 @torch.no_grad()
 def response_values(gvm, tokenizer, prompt, response, policy=None):
     """[(text, value, change, probability), ...] of the tokens of one response, EOS included.
@@ -260,6 +299,19 @@ def drawable(text, missing):
                    for c in (reversed(shown) if right_to_left(shown) else shown))
 
 
+def drawable_line(line, missing):
+    """A line of text, or a name, as matplotlib can draw it."""
+    words = [drawable(word, missing) for word in line.split()]
+    return " ".join(words[::-1] if right_to_left(line) else words)
+
+
+def use_fonts(names):
+    """Has matplotlib draw these names in fonts that have their characters. Returns the characters that none has."""
+    fonts, missing = choose_fonts("".join(names) + "U+0123456789ABCDEF")
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", *fonts]
+    return missing
+
+
 def lay_out(answer, columns, missing):
     """[(row, column, width, text, value), ...]: tokens in rows of so many columns of a monospaced font."""
     boxes, row, column, mirrored = [], 0, 0, right_to_left("".join(text for text, *_ in answer))
@@ -292,9 +344,7 @@ def draw_tokens(path, prompt, answers, scale):
     axes = figure.add_axes([0, 0, 1, 1], xlim=(-1, width - 1), ylim=(height, -top))
     axes.axis("off")
     for number, line in enumerate(lines, 1):
-        words = [drawable(word, missing) for word in line.split()]
-        axes.text(0, 0.7 * number - top, " ".join(words[::-1] if right_to_left(line) else words), fontsize=11,
-                  family=["DejaVu Sans", *fonts], parse_math=False)
+        axes.text(0, 0.7 * number - top, drawable_line(line, missing), fontsize=11, family=["DejaVu Sans", *fonts])
     bar = axes.inset_axes([1, -1.2, 28, 0.35], transform=axes.transData)
     figure.colorbar(matplotlib.cm.ScalarMappable(scale, COLOURS), cax=bar, orientation="horizontal", format="{x:+.2f}",
                     ticks=numpy.linspace(scale.vmin, scale.vmax, 3))
@@ -305,7 +355,7 @@ def draw_tokens(path, prompt, answers, scale):
         for row, column, wide, shown, value in block:
             x, y = left + column, first + 1 + row
             axes.add_patch(plt.Rectangle((x, y + 0.04), wide - 0.15, 0.92, color=COLOURS(scale(value)), linewidth=0))
-            axes.text(x + wide / 2, y + 0.46, shown, ha="center", fontsize=8, family=fonts, parse_math=False)
+            axes.text(x + wide / 2, y + 0.46, shown, ha="center", fontsize=8, family=fonts)
             axes.text(x + wide / 2, y + 0.86, f"{value:+.2f}", ha="center", fontsize=6, color="#111111")
     figure.savefig(path, dpi=min(160, 60000 / max(size)))                      # a side has at most 65535 pixels
     plt.close(figure)
@@ -328,12 +378,12 @@ background:#111;color:#fff;direction:ltr;white-space:normal;z-index:1}
 """
 
 
-def write_token_page(path, prompt, answers, scale):
+def write_token_page(path, prompt, answers, scale, note=""):
     """The heat map as one HTML page without any outside file. All text is escaped: an answer may contain HTML."""
     shades = ",".join(matplotlib.colors.to_hex(COLOURS(x)) for x in numpy.linspace(0, 1, 9))
     numbers = "".join(f"<b>{value:+.2f}</b>" for value in numpy.linspace(scale.vmin, scale.vmax, 3))
     parts = [PAGE, f'<h1 dir="auto">{html.escape(prompt)}</h1>\n<p>Q(tau, s, a) of each token, read after it. '
-             "White: the mean of the training scores. Point at a token: its numbers appear at the bottom.</p>\n"
+             f"White: the mean of the training scores. Point at a token: its numbers appear at the bottom.{note}</p>\n"
              f'<div id="scale" style="background:linear-gradient(90deg,{shades})">{numbers}</div>\n',
              '<div id="answers">\n']
     for number, answer in enumerate(answers):
@@ -357,22 +407,27 @@ def tokens(args):
     for text in [args.prompt, *args.responses]:
         if not text.strip() or any("\ud800" <= character <= "\udfff" for character in text):
             fail(f"--prompt and --responses: {text!r:.40} is empty, or not UTF-8")
-    tokenizer, policy = load(AutoTokenizer, args.gvm), None
-    gvm = load(AutoModelForTokenClassification, args.gvm, kind="value", dtype=torch.float32).eval()
+    (tokenizer, gvm), policy = load_gvm(args.gvm), None
     if args.policy:
         policy = load(AutoModelForCausalLM, args.policy, kind="policy", dtype=torch.float32).eval()
         if load(AutoTokenizer, args.policy).get_vocab() != tokenizer.get_vocab():
             fail(f"--policy {args.policy}: its vocabulary is not that of {args.gvm}")
     answers = [response_values(gvm, tokenizer, args.prompt, response, policy) for response in args.responses]
+    for folder, column in ((args.gvm, 2), (args.policy, 3)):                   # a change is finite if both values are
+        if not all(math.isfinite(token[column] or 0) for answer in answers for token in answer):
+            fail(f"{folder}: gives values that are not finite numbers. Its training has failed")
+    pairs = getattr(gvm.config, "gvm", {}).get("tau_pairs", 0)
+    note = f" The model was trained with --tau_pairs {pairs}, and is read without tau here." if pairs else ""
     scale = colour_scale(gvm, answers)
     draw_tokens(png, args.prompt, answers, scale)
-    write_token_page(page, args.prompt, answers, scale)
-    print(f"{png}\n{page}")
+    write_token_page(page, args.prompt, answers, scale, note)
+    print("\n".join([f"{args.gvm}:{note}"] * bool(note) + [f"{png}\n{page}"]))
 
 
 # ---- 4. Learning curves (Figure 4) ----
-def read_lines(path):
-    """The rows of a JSON-lines log of this project. A last line that was cut off (a run that was killed) is no row."""
+def read_lines(path, *fields):
+    """The rows of a JSON-lines log of this project, which have to have these fields. A last line that was cut off (a
+    run that was killed) is no row."""
     if not path.is_file():
         fail(f"{path}: no such file. Is {path.parent} the run folder of a policy?")
     *lines, last = path.read_bytes().split(b"\n")                              # bytes: it may be cut inside a character
@@ -382,18 +437,33 @@ def read_lines(path):
             rows.append(json.loads(line))
         except ValueError as problem:
             fail(f"{path}:{number}: invalid JSON ({problem}). Remove the line, or run the training again")
+        if not isinstance(rows[-1], dict) or not rows[-1].keys() >= set(fields):
+            fail(f"{path}:{number}: not a JSON object{' with ' * bool(fields)}{', '.join(fields)}. Remove the line, or "
+                 f"run the training again")
     return rows
+
+
+PANELS = {"score": "true score of the answers", "value": "GVM value or reward-model score, own scale",
+          "kl": "KL to the reference (nats per answer)", "response_length": "answer length (tokens)",
+          "entropy": "entropy (nats per token)", "clip_fraction": "clip fraction"}
 
 
 def read_run(folder, judge, place):
     """The records of a run folder's metrics.jsonl, with the judge's mean score of the step, if there is a judge."""
-    records = read_lines(Path(folder) / "metrics.jsonl")
+    log = Path(folder) / "metrics.jsonl"
+    records = read_lines(log)
     if not records or "step" not in records[0]:
         fail(f"{folder}: has no steps in its metrics.jsonl. Is it the run folder of a policy, of an online method?")
+    columns = sorted({"step", "reward", *PANELS} & set().union(*records))
+    for number, record in enumerate(records, 1):
+        for column in columns:
+            if not has_numbers(record, column):
+                fail(f"{log}:{number}: step {record.get('step')} has no number {column!r}, other steps have. Remove "
+                     f"the line, or run the training again")
     records = [({"value": record["reward"]} if "reward" in record else {}) | record for record in records]   # baselines
     if judge:
         scores = {}
-        for row in read_lines(Path(folder) / "rollouts.jsonl"):
+        for row in read_lines(Path(folder) / "rollouts.jsonl", "step", "prompt", "response"):
             scores.setdefault(row["step"], []).append(judged_score(judge, place, row["prompt"], row["response"]))
         records = [record | {"score": numpy.mean(scores[record["step"]])} for record in records
                    if record["step"] in scores]                                # a run that was killed may lack the last
@@ -405,14 +475,18 @@ MAY_DIFFER = {"seed", "model", "gvm", "reward_model", "data", "output", "overwri
 
 
 def check_same_settings(name, folders):
-    """Ends the program if two runs of one name are no seeds of one experiment."""
-    first, *others = folders
-    for folder in others:
+    """Ends the program if two runs of one name are no seeds of one experiment, or the same seed."""
+    for first, folder in itertools.combinations(folders, 2):
+        if Path(first).resolve() == Path(folder).resolve():
+            fail(f"{name}: {first} and {folder} are the same folder, not two seeds: name it once")
         a, b = (read_json(Path(run) / "args.json", "the training script") for run in (first, folder))
         for flag in sorted((a.keys() | b.keys()) - MAY_DIFFER):
             if a.get(flag) != b.get(flag):
                 fail(f"{name}: {first} was made with --{flag} {a.get(flag)}, {folder} with {b.get(flag)}. They are no "
                      f"seeds of one curve: give them different names (NAME=FOLDER)")
+        if a.get("seed") == b.get("seed"):
+            fail(f"{name}: {first} and {folder} were both made with --seed {a.get('seed')}, so they are one seed. "
+                 f"Leave one out, or give them different names (NAME=FOLDER)")
 
 
 def curves(args):
@@ -421,27 +495,30 @@ def curves(args):
     for run in args.runs:
         name, _, folder = run.partition("=") if "=" in run and not Path(run).is_dir() else ("", "", run)
         names.setdefault(name or Path(folder).resolve().name, []).append(folder)
-    lines = {}                                                                 # {label: [records of a seed, ...]}
+    lines = {}                                                                 # {name: [records of a seed, ...]}
     for name, folders in names.items():
         check_same_settings(name, folders)
         seeds = [read_run(folder, judge, args.judge) for folder in folders]
+        for metric in PANELS:
+            if len({metric in seed[0] for seed in seeds}) > 1:
+                fail(f"{name}: not all of {', '.join(folders)} have {metric!r} in metrics.jsonl. Give them different "
+                     f"names (NAME=FOLDER)")
         shortest = min(map(len, seeds))
         if shortest < max(map(len, seeds)):
             print(f"{name}: runs of {', '.join(str(len(seed)) for seed in seeds)} steps, the first {shortest} drawn")
-        lines[f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"] = [seed[:shortest] for seed in seeds]
-    panels = {"score": "true score of the answers", "value": "GVM value or reward-model score, own scale",
-              "kl": "KL to the reference (nats per answer)", "response_length": "answer length (tokens)",
-              "entropy": "entropy (nats per token)", "clip_fraction": "clip fraction"}
-    panels = {metric: title for metric, title in panels.items()
+        lines[name] = [seed[:shortest] for seed in seeds]
+    panels = {metric: title for metric, title in PANELS.items()
               if any(metric in seed[0] for seeds in lines.values() for seed in seeds)}
+    missing, handles = use_fonts(names), {}
     figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.4), layout="constrained")
     for panel, metric in zip(axes.flat, panels):
-        for number, (label, seeds) in enumerate(lines.items()):
+        for number, (name, seeds) in enumerate(lines.items()):
             if metric not in seeds[0][0]:
                 continue                                                       # ReMax clips nothing
             steps = [record["step"] for record in seeds[0]]
             y = numpy.array([[record[metric] for record in seed] for seed in seeds])               # (seeds, steps)
-            panel.plot(steps, y.mean(0), label=label, color=f"C{number}", linewidth=1.3)
+            label = f"{drawable_line(name, missing)} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+            handles[name], = panel.plot(steps, y.mean(0), label=label, color=f"C{number}", linewidth=1.3)
             if len(seeds) > 1:
                 panel.fill_between(steps, y.min(0), y.max(0), color=f"C{number}", alpha=0.15, linewidth=0)
         panel.set_title(panels[metric], fontsize=9, loc="left")
@@ -449,8 +526,10 @@ def curves(args):
         panel.grid(alpha=0.3)
     for panel in axes.flat[len(panels):]:
         panel.remove()
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=9,
-                  title="mean, lowest and highest of the seeds" if max(map(len, lines.values())) > 1 else None)
+    title = "mean, lowest and highest of the seeds" if max(map(len, lines.values())) > 1 else None
+    # Labels are passed: by itself matplotlib leaves out what is called "_...".
+    figure.legend(handles.values(), [line.get_label() for line in handles.values()], loc="outside upper center",
+                  ncols=5, fontsize=9, title=title)
     figure.savefig(png, dpi=150)
     plt.close(figure)
     print(png)
@@ -463,16 +542,24 @@ def win_bars(args):
     results = read_json(args.results, "evaluate.py policy or judge")
     outcomes = results.get("outcomes") or fail(f'{args.results}: no "outcomes" in it. evaluate.py judge writes them, '
                                                "and evaluate.py policy with --judge and two models")
+    columns = ("win", "tie", "lose", "pairs")
+    if not isinstance(outcomes, dict) or not all(
+            isinstance(rows, dict) and all(has_numbers(row, *columns) for row in rows.values())
+            for rows in outcomes.values()):
+        fail(f'{args.results}: "outcomes" is not a table {{model: {{other: {{{", ".join(columns)}}}}}}} of numbers. '
+             "evaluate.py policy or judge writes one")
     left = args.model or list(outcomes)[-1]
     if left not in outcomes:
         fail(f"--model {left}: {args.results} has {', '.join(outcomes)}")
     rows = outcomes[left] or fail(f"{args.results}: {left} is alone in it, with nothing to be compared with")
-    labels = [f"{right}\n({row['pairs']} pairs)" for right, row in rows.items()]
+    missing = use_fonts([left, *rows])
+    name = drawable_line(left, missing)
+    labels = [f"{drawable_line(right, missing)}\n({row['pairs']} pairs)" for right, row in rows.items()]
     figure, axes = plt.subplots(figsize=(7.5, 1.3 + 0.55 * len(rows)), layout="constrained")
     start = numpy.zeros(len(rows))
     for outcome, colour in (("win", "#6baed6"), ("tie", "#d9d9d9"), ("lose", "#f4a582")):
         share = numpy.array([100 * row[outcome] for row in rows.values()])
-        bars = axes.barh(range(len(rows)), share, left=start, color=colour, height=0.72, label=f"{left} {outcome}s")
+        bars = axes.barh(range(len(rows)), share, left=start, color=colour, height=0.72, label=f"{name} {outcome}s")
         axes.bar_label(bars, [f"{x:.0f}" if x >= 3 else "" for x in share], label_type="center", fontsize=9)
         start += share
     axes.set_yticks(range(len(rows)), labels, fontsize=9)
@@ -480,7 +567,9 @@ def win_bars(args):
     unjudged = f"; {results['unjudged']} answers without a verdict left out" if results.get("unjudged") else ""
     axes.set(xlim=(0, 100), xlabel=f"% of the pairs of answers{unjudged}")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    # Labels are passed: by itself matplotlib leaves out what is called "_...".
+    figure.legend(axes.containers, [bars.get_label() for bars in axes.containers], loc="outside upper center", ncols=3,
+                  fontsize=9, frameon=False)
     figure.savefig(png, dpi=150)
     plt.close(figure)
     print(png)
@@ -491,7 +580,14 @@ def compare(args):
     """results/compare.json as a picture: score against rollouts, against time, and on held-out prompts."""
     png = new_file(args.output, "compare.png", args.overwrite)
     results = read_json(args.results, "make compare")
+    kinds = {"seeds": dict, "methods": dict, "step_seconds": dict, "rollouts_per_step": int}
+    lacking = [key for key, kind in kinds.items() if not (isinstance(results.get(key), kind) and results[key])]
+    if lacking:
+        fail(f"{args.results}: has no {', '.join(lacking)}. Is it what `make compare` wrote?")
     seeds, methods = list(results["seeds"].values()), ["SFT", *results["methods"]]
+    for method in methods:
+        if not all(isinstance(seed, dict) and has_numbers(seed.get(method), "oracle") for seed in seeds):
+            fail(f"{args.results}: not all seeds have the oracle's score of {method}. Run `make compare` again")
     figure, (by_rollouts, by_time, final) = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
     for number, method in enumerate(methods):
         colour_, scores = f"C{number}", [seed[method]["oracle"] for seed in seeds]
@@ -506,11 +602,13 @@ def compare(args):
         curve = numpy.array([seed[method]["curve"] for seed in seeds])                             # (seeds, steps)
         smooth = numpy.stack([curve[:, max(0, step - 4):step + 1].mean(1) for step in range(curve.shape[1])], 1)
         steps = numpy.arange(1, smooth.shape[1] + 1)
+        # "DVPO, pairs" is not timed: it is DVPO with another GVM of the same size, so a step costs the same.
         seconds = results["step_seconds"].get(method, results["step_seconds"]["DVPO"])["total"]
         for panel, x in ((by_rollouts, steps * results["rollouts_per_step"]), (by_time, steps * seconds)):
             panel.plot(x, smooth.mean(0), color=colour_, label=method, linewidth=1.4)
             panel.fill_between(x, smooth.min(0), smooth.max(0), color=colour_, alpha=0.1, linewidth=0)
-    for panel, label in ((by_rollouts, "rollouts"), (by_time, "training time (s, two CPU cores)"),
+    machine = f", {results['machine']}" if results.get("machine") else ""
+    for panel, label in ((by_rollouts, "rollouts"), (by_time, f"training time (s{machine})"),
                          (final, "oracle score on held-out prompts")):
         panel.set_xlabel(label)
         panel.grid(alpha=0.3)
@@ -529,6 +627,9 @@ COMMANDS = {"tokens": (TokensArgs, tokens), "curves": (CurvesArgs, curves), "win
 
 
 def main(argv):
+    if argv[:1] in (["-h"], ["--help"]):
+        print(__doc__.strip())
+        return
     if not argv or argv[0] not in COMMANDS:
         fail(f"the first word must be one of {', '.join(COMMANDS)} (python figures.py tokens --help)")
     arguments, command = COMMANDS[argv[0]]

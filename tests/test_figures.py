@@ -2,6 +2,7 @@
 import html.parser
 import json
 import re
+import shutil
 import unicodedata
 import warnings
 
@@ -9,7 +10,7 @@ import numpy
 import pytest
 import torch
 from conftest import ROOT, read_lines
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 import figures
 
@@ -122,6 +123,50 @@ def test_token_mistakes(gvm_run, dvpo_run, tmp_path):
         figures.main([*tokens, "--policy", str(other)])
 
 
+def test_no_other_model_is_taken_for_a_gvm(gvm_run, ppo_run, reward_model_run, tmp_path):
+    def refused(folder, why):
+        with pytest.raises(SystemExit, match=f"error: {re.escape(str(folder))}: {why}"):
+            figures.main(["tokens", "--gvm", str(folder), "--output", str(tmp_path / "figures")])
+
+    refused(ppo_run / "critic", r"holds a PPO critic, .*`evaluate.py values` reads it")
+    refused(reward_model_run, "holds a reward model, .*token-level value model is wanted")
+    mute, two, nan = (shutil.copytree(gvm_run, tmp_path / name) for name in ("mute", "two", "nan"))
+    tokenizer = AutoTokenizer.from_pretrained(mute)
+    tokenizer.chat_template = None
+    (mute / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(mute)
+    refused(mute, "the tokenizer has no chat template")
+    AutoModelForTokenClassification.from_pretrained(two, num_labels=2, ignore_mismatched_sizes=True).save_pretrained(two)
+    refused(two, "has 2 outputs per token")
+    model = AutoModelForTokenClassification.from_pretrained(nan)
+    model.score.weight.data.fill_(float("nan"))
+    model.save_pretrained(nan)
+    refused(nan, "gives values that are not finite")
+    assert not list((tmp_path / "figures").iterdir())
+
+
+def test_a_policy_of_nan_weights(gvm_run, dvpo_run, tmp_path):
+    folder = shutil.copytree(dvpo_run, tmp_path / "nan")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_input_embeddings().weight.data.fill_(float("nan"))
+    model.save_pretrained(folder)
+    with pytest.raises(SystemExit, match=r"error: \S*nan: gives values that are not finite"):
+        figures.main(["tokens", "--gvm", str(gvm_run), "--policy", str(folder), "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("pairs", [0, 3])
+def test_a_gvm_that_knows_tau(pairs, gvm_run, tmp_path, capsys):
+    folder = shutil.copytree(gvm_run, tmp_path / "gvm")
+    config = AutoConfig.from_pretrained(folder)
+    config.gvm = config.gvm | {"tau_pairs": pairs}
+    config.save_pretrained(folder)
+    figures.main(["tokens", "--gvm", str(folder), "--output", str(tmp_path)])
+    note = "The model was trained with --tau_pairs 3, and is read without tau here."
+    assert capsys.readouterr().out == f"{folder}: {note}\n" * (pairs > 0) + f"{tmp_path}/tokens.png\n{tmp_path}/tokens.html\n"
+    page = (tmp_path / "tokens.html").read_text()
+    assert (f"at the bottom. {note}</p>" in page, "at the bottom.</p>" in page) == (pairs > 0, pairs == 0)
+
+
 def test_token_texts_add_up(world):
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     for text in HOSTILE:
@@ -174,22 +219,89 @@ def test_long_answers_stand_side_by_side(length, beside, tmp_path, drawn):
     assert len({x for x, _ in places}) == (3 if beside else 1) and len({y for _, y in places}) == (1 if beside else 3)
 
 
-def test_comparison_figure(tmp_path):
+@pytest.mark.parametrize("machine, label", [({"machine": "abacus, 3 cores"}, "training time (s, abacus, 3 cores)"), ({}, "training time (s)")])
+def test_comparison_figure(machine, label, tmp_path, drawn):
     def seed(shift):
         curve = {"curve": [shift + step / 10 for step in range(7)]}
         return {"SFT": {"oracle": 0.0}, "DVPO": {"oracle": 0.5 + shift} | curve, "PPO": {"oracle": 0.4 + shift} | curve,
-                "DPO": {"oracle": 0.3 + shift}}
+                "DVPO, pairs": {"oracle": 0.2 + shift} | curve, "DPO": {"oracle": 0.3 + shift}}
 
     (tmp_path / "compare.json").write_text(json.dumps({
-        "seeds": {"1": seed(0.0), "2": seed(0.1)}, "methods": {"DVPO": {}, "PPO": {}, "DPO": {}}, "rollouts_per_step": 60,
-        "step_seconds": {"DVPO": {"total": 1.0}, "PPO": {"total": 1.7}}}))
+        "seeds": {"1": seed(0.0), "2": seed(0.0), "3": seed(0.3)}, "methods": {"DVPO": {}, "PPO": {}, "DVPO, pairs": {}, "DPO": {}},
+        "rollouts_per_step": 60, "step_seconds": {"DVPO": {"total": 1.5}, "PPO": {"total": 1.7}}} | machine))
     command = ["compare", "--results", str(tmp_path / "compare.json"), "--output", str(tmp_path)]
     figures.main(command)
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    by_rollouts, by_time, final = drawn[0].axes
+    last_five = numpy.array([0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4])             # means of the last five steps, or of all so far
+    for panel, units in ((by_rollouts, [60, 60, 60]), (by_time, [1.5, 1.7, 1.5])):       # "DVPO, pairs" takes DVPO's time
+        curves = {line.get_label(): line for line in panel.lines}
+        assert list(curves) == ["SFT (held-out)", "DVPO", "PPO", "DVPO, pairs", "DPO (held-out)"]
+        for method, unit, band in zip(("DVPO", "PPO", "DVPO, pairs"), units, panel.collections, strict=True):
+            x = unit * numpy.arange(1, 8)
+            assert curves[method].get_xdata() == pytest.approx(x) and curves[method].get_ydata() == pytest.approx(last_five + 0.1)
+            edge = band.get_paths()[0].vertices
+            for low_or_high, shift in ((edge[edge[:, 0] == x[-1]].min(0)[1], 0), (edge[edge[:, 0] == x[-1]].max(0)[1], 0.3)):
+                assert low_or_high == pytest.approx(0.4 + shift)               # of the seeds
+        assert curves["DPO (held-out)"].get_ydata() == pytest.approx([0.4, 0.4])
+    assert [text.get_text() for text in final.texts] == ["0.00", "0.60", "0.50", "0.30", "0.40"]
+    assert by_time.get_xlabel() == label
     with pytest.raises(SystemExit, match="exists already"):
         figures.main(command)
     with pytest.raises(SystemExit, match="make compare writes it"):
         figures.main(["compare", "--results", str(tmp_path / "none.json"), "--output", str(tmp_path / "other")])
+
+
+COMPARED = {"seeds": {"1": {"SFT": {"oracle": 0.1}, "DVPO": {"oracle": 0.2}}}, "methods": {"DVPO": {}}, "rollouts_per_step": 60,
+            "step_seconds": {"DVPO": {"total": 1.0}}}
+ROW = {"win": 0.5, "tie": 0.2, "lose": 0.3, "pairs": 4}
+
+
+@pytest.mark.parametrize("command, content, why", [
+    ("wins", "{", "not JSON that can be read .*evaluate.py policy or judge writes it"),
+    ("wins", b"\xff", "not JSON that can be read"),
+    ("compare", "[]", "not a JSON object. make compare writes it"),
+    ("wins", {"outcomes": [1]}, '"outcomes" is not a table'),
+    ("wins", {"outcomes": {"a": 1}}, '"outcomes" is not a table'),
+    ("wins", {"outcomes": {"a": {"b": 0.5}}}, '"outcomes" is not a table'),
+    ("wins", {"outcomes": {"a": {"b": ROW | {"tie": None}}}}, '"outcomes" is not a table'),
+    ("wins", {"outcomes": {"a": {"b": ROW | {"win": "1"}}}}, '"outcomes" is not a table'),
+    ("wins", {"outcomes": {"a": {"b": ROW | {"lose": float("nan")}}}}, '"outcomes" is not a table'),
+    ("wins", {"outcomes": {"a": {"b": {"win": 0.5, "tie": 0.2, "lose": 0.3}}}}, '"outcomes" is not a table'),
+    ("compare", (ROOT / "results" / "values.json").read_text(), "has no methods.*`make compare`"),
+    ("compare", COMPARED | {"seeds": {}}, "has no seeds. Is it what `make compare` wrote"),
+    ("compare", COMPARED | {"seeds": [1]}, "has no seeds"),
+    ("compare", {"seeds": COMPARED["seeds"], "methods": {"DVPO": {}}}, "has no step_seconds, rollouts_per_step"),
+    ("compare", COMPARED | {"methods": {"DVPO": {}, "PPO": {}}}, "not all seeds have the oracle's score of PPO.*`make compare`"),
+    ("compare", COMPARED | {"seeds": {"1": 0.5}}, "not all seeds have the oracle's score of SFT")])
+def test_results_of_another_kind(command, content, why, tmp_path):
+    file = tmp_path / "results.json"
+    file.write_bytes(content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode())
+    with pytest.raises(SystemExit, match=f"error: {re.escape(str(file))}: {why}"):
+        figures.main([command, "--results", str(file), "--output", str(tmp_path)])
+
+
+@pytest.mark.parametrize("command, name", [("tokens", "tokens.png"), ("tokens", "tokens.html"), ("curves", "curves.png"),
+                                           ("wins", "wins.png"), ("compare", "compare.png")])
+def test_where_no_figure_can_be_written(command, name, tmp_path, monkeypatch):
+    """One clear error, before any work: there is nothing to be read in these calls, which would be the next error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "taken" / name).mkdir(parents=True)
+    for output, why in (("file", "cannot be written"), ("file/x", "cannot be written"), ("/proc/x", "cannot be written"), ("taken", "is a folder")):
+        for more in ([], ["--overwrite"]):
+            with pytest.raises(SystemExit, match=rf"error: {output}/\S+: {why}.* Choose another --output"):
+                figures.main([command, "--output", output, *more])
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(figures.os, "access", lambda path, mode: False)        # root may write everywhere
+    with pytest.raises(SystemExit, match=r"error: locked/\S+: cannot be written \(no permission"):
+        figures.main([command, "--output", "locked"])
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help(flag, capsys):
+    figures.main([flag])                                                       # returns: status 0
+    assert capsys.readouterr().out == figures.__doc__.strip() + "\n"
 
 
 def test_curves(dvpo_run, ppo_run, tmp_path, drawn):
@@ -230,6 +342,68 @@ def test_seeds_are_one_curve(tmp_path, drawn, capsys):
     three = run_folder(tmp_path / "s3" / "x", [1], lr=0.2)
     with pytest.raises(SystemExit, match=r"with --lr 0.1, .*s3/x with 0.2"):
         figures.main(["curves", "--runs", one, three, "--output", str(tmp_path / "other")])
+
+
+def test_the_band_is_from_the_lowest_to_the_highest_seed(tmp_path, drawn):
+    runs = [run_folder(tmp_path / str(seed) / "x", kl, seed=seed) for seed, kl in enumerate(([1, 5], [1, 8], [7, 5]))]
+    figures.main(["curves", "--runs", *runs, "--output", str(tmp_path)])
+    panel, = drawn[0].axes
+    assert panel.lines[0].get_ydata().tolist() == [3, 6]
+    assert {tuple(point) for point in panel.collections[0].get_paths()[0].vertices} == {(1, 1), (1, 7), (2, 5), (2, 8)}
+
+
+def test_one_run_is_one_seed(tmp_path):
+    one, two, three = (run_folder(tmp_path / name / "x", [1, 2], seed=seed) for name, seed in (("a", 1), ("b", 2), ("c", 2)))
+    (tmp_path / "link").symlink_to(one)
+    for runs, why in (([one, one], "same folder"), ([f"x={one}", two, f"x={tmp_path}/b/../link"], "same folder"),
+                      ([one, two, three], "both made with --seed 2, so they are one seed")):
+        with pytest.raises(SystemExit, match=f"error: x: .*{why}") as problem:
+            figures.main(["curves", "--runs", *runs, "--output", str(tmp_path)])
+        named = [two, three] if len(runs) == 3 and three in runs else [runs[0], runs[-1]]
+        assert all(run.removeprefix("x=") in str(problem.value) for run in named)
+
+
+@pytest.mark.parametrize("log, line, why", [
+    ("metrics.jsonl", '{"step": 2}', "metrics.jsonl:2: step 2 has no number 'kl'"),
+    ("metrics.jsonl", '{"step": 2, "kl": null}', "metrics.jsonl:2: step 2 has no number 'kl'"),
+    ("metrics.jsonl", '{"kl": 2}', "metrics.jsonl:2: step None has no number 'step'"),
+    ("metrics.jsonl", "5", "metrics.jsonl:2: not a JSON object. Remove"),
+    ("rollouts.jsonl", '{"prompt": "a", "response": "b"}', "rollouts.jsonl:2: not a JSON object with step, prompt, response"),
+    ("rollouts.jsonl", '{"step": 1, "prompt": "a"}', "rollouts.jsonl:2: not a JSON object with step, prompt, response")])
+def test_logs_with_holes(log, line, why, tmp_path):
+    run = tmp_path / "x"
+    run_folder(run, [1, 2, 3])
+    (run / "rollouts.jsonl").write_text("".join(json.dumps({"step": step, "prompt": "a", "response": "b"}) + "\n" for step in (1, 2, 3)))
+    lines = (run / log).read_text().splitlines()
+    (run / log).write_text("\n".join([lines[0], line, lines[2], ""]))
+    with pytest.raises(SystemExit, match=f"error: {re.escape(str(run))}/{why}"):
+        figures.main(["curves", "--runs", str(run), "--judge", str(ROOT / "atlas.py:oracle"), "--output", str(tmp_path)])
+
+
+def test_seeds_that_log_different_things(tmp_path):
+    one, two = (run_folder(tmp_path / name / "x", [1], seed=seed) for name, seed in (("a", 1), ("b", 2)))
+    (tmp_path / "b" / "x" / "metrics.jsonl").write_text('{"step": 1, "entropy": 2}\n')
+    with pytest.raises(SystemExit, match=f"error: x: not all of {one}, {two} have 'kl'"):
+        figures.main(["curves", "--runs", one, two, "--output", str(tmp_path)])
+
+
+# 模型 where a font has it, its code points elsewhere.
+NAMES = {"模型": figures.drawable("模型", figures.choose_fonts("模型")[1]), "_a": "_a", "$\\a{$": "$\\a{$", "b\u0007": "bU+0007", "ל ש": "ש ל"}
+
+
+def test_names_of_models(tmp_path, drawn):
+    """As they are: in fonts that have the characters (the fixture makes a missing one an error), "_" at the front."""
+    runs = [f"{name}={run_folder(tmp_path / 'runs' / str(number), [1, 2])}" for number, name in enumerate(NAMES)]
+    figures.main(["curves", "--runs", *runs, "--output", str(tmp_path)])
+    legend, = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"{shown} (1 seed)" for shown in NAMES.values()]
+    (tmp_path / "wins.json").write_text(json.dumps({"outcomes": {one: {two: ROW for two in NAMES if two != one} for one in NAMES}}))
+    for name in NAMES:
+        figures.main(["wins", "--results", str(tmp_path / "wins.json"), "--model", name, "--output", str(tmp_path), "--overwrite"])
+        legend, = drawn[-1].legends
+        assert [text.get_text() for text in legend.get_texts()] == [f"{NAMES[name]} {outcome}s" for outcome in ("win", "tie", "lose")]
+        labels = [label.get_text() for label in drawn[-1].axes[0].get_yticklabels()]
+        assert labels == [f"{shown}\n(4 pairs)" for other, shown in NAMES.items() if other != name]
 
 
 def test_clip_fraction_is_not_everybody_s(dvpo_run, remax_run, tmp_path, drawn):
