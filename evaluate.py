@@ -1193,26 +1193,48 @@ def ask_folder(args, jobs, record):
             record(job, {"text": text})
 
 
+def judge_key(args):
+    """The key for --judge_url, after a look at everything that can be wrong before any work; "" for a folder."""
+    key, args.judge_url = os.environ.get("OPENAI_API_KEY", "").strip(), args.judge_url.rstrip("/")
+    if not 0 < args.timeout <= 86400:
+        fail(f"--timeout {args.timeout}: seconds, more than 0 and at most a day")
+    if not args.judge_url:
+        return "" if Path(args.judge_model).is_dir() else fail(
+            f"--judge_model {args.judge_model}: no such folder. For a model behind an address, pass --judge_url")
+    try:
+        url = urllib.parse.urlsplit(args.judge_url)
+        is_address = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        fail(f"--judge_url {args.judge_url}: not an address such as https://api.openai.com/v1")
+    if url.username or url.password or url.query or url.fragment or (len(key) >= 8 and key in args.judge_url):
+        fail("--judge_url: a key does not belong in the address, which is logged. Put it into OPENAI_API_KEY")
+    if not re.fullmatch(r"[!-~]+", key):
+        fail("--judge_url needs a key in the environment variable OPENAI_API_KEY (a server that wants none: any word)")
+    return key
+
+
+def judge_summary(verdicts, seed):
+    """What judge.json says of the models. verdicts: rows of verdicts.jsonl, those of each model in the same order."""
+    summary, scores = {"models": {}}, {}
+    for model in dict.fromkeys(line["model"] for line in verdicts):
+        said = [line for line in verdicts if line["model"] == model]
+        prompts = [json.dumps(line["prompt"]) for line in said if line["score"] is not None]
+        points = [float(line["score"]) for line in said if line["score"] is not None]
+        scores[model] = torch.tensor([math.nan if line["score"] is None else line["score"] for line in said]).double()
+        summary["models"][model] = {"answers": len(said), "unreadable": len(said) - len(points),
+                                    "score": bootstrap(points, seed, prompts) if points else None,
+                                    "points": {str(n): points.count(n) for n in range(6)}}
+    summary["outcomes"] = outcomes(scores)                    # a win rate counts a tie half: win + tie / 2
+    summary["unjudged"] = sum(x["unreadable"] for x in summary["models"].values())
+    return summary
+
+
 def evaluate_judge(args):
     """Scores of Appendix I, and the wins that follow. Every reply is kept in replies.jsonl: it is paid for once."""
     check_numbers(args)
-    key, args.judge_url = os.environ.get("OPENAI_API_KEY", "").strip(), args.judge_url.rstrip("/")
-    try:
-        address = urllib.parse.urlsplit(args.judge_url)
-        known = not args.judge_url or (address.scheme in ("http", "https") and address.hostname and address.port != 0)
-    except ValueError:
-        known = False
-    if not known:
-        fail(f"--judge_url {args.judge_url}: not an address such as https://api.openai.com/v1")
-    if address.username or address.password or address.query or address.fragment or (len(key) >= 8 and key in
-                                                                                     args.judge_url):
-        fail("--judge_url: a key does not belong in the address, which is logged. Put it into OPENAI_API_KEY")
-    if not 0 < args.timeout <= 86400:
-        fail(f"--timeout {args.timeout}: seconds, more than 0 and at most a day")
-    if args.judge_url and not re.fullmatch(r"[!-~]+", key):
-        fail("--judge_url needs a key in the environment variable OPENAI_API_KEY (a server that wants none: any word)")
-    if not args.judge_url and not Path(args.judge_model).is_dir():
-        fail(f"--judge_model {args.judge_model}: no such folder. For a model behind an address, pass --judge_url")
+    key = judge_key(args)
     models, output = read_answers(args.answers, args.bad_rows), Path(args.output)
     for name in () if args.dry_run else ("judge.json", "verdicts.jsonl"):
         new_output(output / name, args.overwrite)
@@ -1236,7 +1258,7 @@ def evaluate_judge(args):
     for number, line in enumerate(lines, 1):
         try:
             reply = json.loads(line)
-            replies[reply["request"]] = {"text": str(reply["text"])} | reply
+            replies[reply["request"]] = reply | {"text": str(reply["text"])}
         except (ValueError, LookupError, TypeError):
             fail(f"{kept}:{number}: not a reply that was kept here. Delete the line: that request is sent again")
     jobs = [(identity, messages) for identity, messages in needed.items() if identity not in replies]
@@ -1261,20 +1283,10 @@ def evaluate_judge(args):
                  "score": parse_verdict(replies[sent_as[model, which][1]]["text"]),
                  "verdict": replies[sent_as[model, which][1]]["text"]}
                 for model, answers in models.items() for which in answers]
-    result = {"answers": args.answers, "judge_model": args.judge_model, "judge_url": args.judge_url, "models": {},
-              "tokens": {name: sum(replies[identity].get(name) or 0 for identity in needed)
-                         for name in ("prompt_tokens", "completion_tokens")}}
-    scores = {model: torch.tensor([math.nan if line["score"] is None else float(line["score"]) for line in verdicts
-                                   if line["model"] == model], dtype=torch.float64) for model in models}
-    prompts = [which[0] for which in next(iter(models.values()))]
-    for model, x in scores.items():
-        known = ~x.isnan()                                    # (N,)
-        judged = [prompt for prompt, there in zip(prompts, known.tolist()) if there]
-        result["models"][model] = {"answers": len(x), "unreadable": int((~known).sum()),
-                                   "score": bootstrap(x[known], args.seed, judged) if judged else None,
-                                   "points": {str(n): int((x == n).sum()) for n in range(6)}}
-    result["outcomes"] = outcomes(scores)                     # a win rate counts a tie half: win + tie / 2
-    result["unjudged"] = sum(x["unreadable"] for x in result["models"].values())
+    used = {name: sum(x for identity in needed if type(x := replies[identity].get(name)) is int)
+            for name in ("prompt_tokens", "completion_tokens")}
+    result = {"answers": args.answers, "judge_model": args.judge_model, "judge_url": args.judge_url,
+              "tokens": used} | judge_summary(verdicts, args.seed)
     print(f"{'model':12} {'score':>6} {'95 % interval':>16} {'unreadable':>11}   wins / ties / losses over")
     for model, x in result["models"].items():
         score = x["score"]
