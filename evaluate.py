@@ -3,7 +3,7 @@
     python evaluate.py values --models runs/atlas/gvm --data runs/atlas/data
     python evaluate.py values --models runs/8b/gvm --benchmark rewardbench --data allenai/reward-bench
     python evaluate.py policy --models runs/atlas/sft runs/atlas/dvpo --judge atlas.py:oracle
-    python evaluate.py answers --model runs/8b/dvpo --benchmark mt_bench --questions question.jsonl --output mt_bench
+    python evaluate.py answers --model runs/8b/dvpo --benchmark mt_bench --questions question.jsonl
     python evaluate.py judge --answers runs/8b/eval/answers.jsonl --judge_url https://api.openai.com/v1
 
 `values` asks what Tables 3, 4, 5, 8 and 9 ask: does the better answer of a held-out pair get the higher value? Any
@@ -81,7 +81,7 @@ class AnswersArgs:
     model: str = HfArg(default="runs/atlas/dvpo", help="FOLDER or NAME=FOLDER of the policy; NAME names the file")
     benchmark: Literal["mt_bench", "alpaca_eval", "arena_hard"] = HfArg(default="mt_bench", help="whose questions")
     questions: str = HfArg(default="question.jsonl", help="the benchmark's own question file (.json, .jsonl, .gz)")
-    output: str = HfArg(default="answers", help="folder for NAME.jsonl (AlpacaEval: NAME.json)")
+    output: str = HfArg(default="runs/atlas/answers", help="folder for NAME.jsonl (AlpacaEval: NAME.json)")
     overwrite: bool = HfArg(default=False, help="replace the answers in --output, instead of going on with them")
     bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad or missing question, or go without")
     max_new_tokens: Optional[int] = HfArg(default=None, help="tokens of an answer at most (default: the benchmark's)")
