@@ -637,7 +637,7 @@ def score_pairs(folder, rows, args):
         if any(sum(map(len, sequence)) > longest for sequence in sides):
             continue
         for side, sequence in zip(("chosen", "rejected"), sides):
-            if k and f"policy_{side}" not in row:
+            if k and row.get(f"policy_{side}") is None:
                 fail(f"{args.data}: {folder} reads {k} answers of the same policy first, and the rows have no "
                      f'"policy_{side}"')
             pool.setdefault(row.get(f"policy_{side}"), []).append((row["prompt"], sequence))
@@ -657,12 +657,16 @@ def score_pairs(folder, rows, args):
     return kept, {name: (x[0::2], x[1::2]) for name, x in scores.items()}, aggregate, k
 
 
+def has_scores(row):
+    return row.get("score_chosen") is not None and row.get("score_rejected") is not None
+
+
 def margin_groups(rows):
     """Rows cut at the quartiles of |score_chosen - score_rejected|: {label: [row number, ...]}; {} without scores.
 
     Equal margins stay together, in the group above: with many of them the groups are of unequal size, and fewer.
     """
-    if not all("score_chosen" in row and "score_rejected" in row for row in rows):
+    if not all(map(has_scores, rows)):
         return {}
     margin = torch.tensor([abs(row["score_chosen"] - row["score_rejected"]) for row in rows], dtype=torch.float64)
     edges = margin.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)).unique()
@@ -736,9 +740,9 @@ def evaluate_values(args):
             return f'"subset" {row["subset"]!r} is none of RewardBench\'s'
         optional = {"score_chosen": "number", "score_rejected": "number", "policy_chosen": "text",
                     "policy_rejected": "text"}
-        problem = row_problem(row, {name: kind for name, kind in optional.items() if name in row})
-        if not problem and {"score_chosen", "score_rejected"} <= set(row):
-            problem = None if math.isfinite(row["score_chosen"] - row["score_rejected"]) else "its margin is not finite"
+        problem = row_problem(row, {name: kind for name, kind in optional.items() if row.get(name) is not None})
+        if not problem and has_scores(row) and not math.isfinite(row["score_chosen"] - row["score_rejected"]):
+            problem = "its margin is not finite"
         return problem
 
     split = args.split or ("filtered" if rewardbench else "test_pairs")
@@ -754,6 +758,9 @@ def evaluate_values(args):
                        ("RewardBench subset", "subsets")):
         if any(x.get(key) for x in found.values()):
             print_table(title, {name: x.get(key, {}) for name, x in found.items()})
+    absent = subsets - {row.get("subset") for row in rows} if rewardbench else ()
+    if absent:
+        print(f"\nno rows of {', '.join(sorted(absent))}: the sections are of the others")
     if rewardbench:
         print_table("RewardBench section", {name: x["sections"][x["aggregate"]] for name, x in found.items()})
     if args.output:

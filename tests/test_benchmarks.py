@@ -295,12 +295,13 @@ def test_rewardbench_rows(gvm_run, reward_model_run, world, tmp_path, capsys):
             wanted = sum(n * sum(right[subset]) / len(right[subset]) for subset, n in counts.items()) / sum(counts.values())
             assert found["sections"]["last"][section] == pytest.approx(wanted)
             assert f"{wanted:.3f}" in said.split("RewardBench section")[1]
+    assert "no rows of" not in said
     write_rows(tmp_path / "filtered.jsonl", [rows[0] | {"subset": "hep-cobol"}])
     with pytest.raises(SystemExit, match="filtered.jsonl:1: \"subset\" 'hep-cobol' is none of RewardBench's"):
         evaluate.evaluate_values(args)
 
 
-def test_a_tie_is_wrong_on_rewardbench_and_half_right_elsewhere(gvm_run, world, tmp_path):
+def test_a_tie_is_wrong_on_rewardbench_and_half_right_elsewhere(gvm_run, world, tmp_path, capsys):
     """A model whose head is zero gives every answer the same score."""
     model = evaluate.AutoModelForTokenClassification.from_pretrained(gvm_run)
     for parameter in evaluate.value_head(model).parameters():
@@ -311,5 +312,6 @@ def test_a_tie_is_wrong_on_rewardbench_and_half_right_elsewhere(gvm_run, world, 
     write_rows(tmp_path / "filtered.jsonl", rows)
     args = {"models": [str(tmp_path / "zero")], "data": str(tmp_path)}
     assert evaluate.evaluate_values(evaluate.ValuesArgs(**args, benchmark="rewardbench"))["models"]["zero"]["sections"]["mean"] == {"Reasoning": 0.0}
+    assert "no rows of alpacaeval-easy, " in capsys.readouterr().out
     plain = evaluate.evaluate_values(evaluate.ValuesArgs(**args, split="filtered"))["models"]["zero"]
     assert plain["pair_accuracy"]["mean"]["mean"] == 0.5

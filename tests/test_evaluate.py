@@ -50,7 +50,7 @@ def test_values_agrees_with_training(gvm_run, gvm_args, reward_model_run, reward
         evaluate.evaluate_values(args)
 
 
-def test_values_by_margin_and_by_policy(gvm_run, gvm_args):
+def test_values_by_margin_and_by_policy(gvm_run, gvm_args, tmp_path):
     """Every pair is in one group of margins, and in the group of each policy that wrote one of its answers."""
     rows = read_lines(Path(gvm_args.data) / "test_pairs.jsonl")
     result = evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=gvm_args.data))["models"]["gvm"]
@@ -71,6 +71,9 @@ def test_values_by_margin_and_by_policy(gvm_run, gvm_args):
         assert x["pairs"] == sum(policy in (row["policy_chosen"], row["policy_rejected"]) for row in rows)
     assert evaluate.margin_groups([{"score_chosen": 1, "score_rejected": 0.5}] * 3) == {"1: 0.5 to 0.5": [0, 1, 2]}
     assert evaluate.margin_groups([{"score_chosen": 1, "score_rejected": 0.5}, {}]) == {} == evaluate.policy_groups([{}])
+    none = [row | {"score_chosen": None, "policy_chosen": None} for row in rows]           # as a hub data set writes "not there"
+    write_rows(tmp_path / "test_pairs.jsonl", none)
+    assert evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=str(tmp_path)))["models"]["gvm"]["by_margin"] == {}
 
 
 def test_no_sequence_is_scored_twice(gvm_run, gvm_args, monkeypatch):
