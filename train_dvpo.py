@@ -17,6 +17,7 @@ import os
 import random
 import shlex
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -467,6 +468,33 @@ def save_checkpoint(accelerator, output, step):
     accelerator.wait_for_everyone()
 
 
+STOP_SIGNALS = []                                             # when they came
+
+
+def heed_signals():
+    """Ctrl-C and SIGTERM (a cluster takes the machine back) let the step end and a checkpoint be saved. Called only
+    where a script is the program. A launcher hands the signal on, so it may come twice at once; one that comes later
+    ends the program on the spot."""
+    def note(number, frame):
+        if STOP_SIGNALS and time.time() > STOP_SIGNALS[0] + 3:
+            fail("stopped in the middle of a step. --resume goes on from the last checkpoint")
+        STOP_SIGNALS.append(time.time())
+        print("\nstopping after this step; the same signal in three seconds or more stops at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:        # a job in the background may be told to ignore them
+            signal.signal(number, note)
+
+
+def save_if_due(accelerator, output, step, last, save_steps):
+    """A checkpoint every --save_steps; and when a signal has come, to whichever process: then the run ends here."""
+    stop = accelerator.reduce(torch.tensor(len(STOP_SIGNALS), device=accelerator.device)).item()
+    if step < last and (stop or (save_steps and step % save_steps == 0)):
+        save_checkpoint(accelerator, output, step)
+        if stop:
+            fail(f"{output}: stopped by a signal after step {step}. The same command with --resume goes on from there")
+
+
 def load_checkpoint(accelerator, output):
     """Takes up the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0."""
     newest = checkpoints(output)[-1:]
@@ -689,8 +717,7 @@ def main(args):
         if accelerator.is_main_process and step % args.sample_every == 0:
             progress.write("\n".join(f"{step:5} {it['value']:+.2f}  {it['prompt']}\n{'':12}{it['response']}"
                                      for it in samples[:3]))
-        if args.save_steps and step % args.save_steps == 0 and step < args.steps:
-            save_checkpoint(accelerator, output, step)
+        save_if_due(accelerator, output, step, args.steps, args.save_steps)
     progress.close()
     save_run(accelerator, policy, tokenizer, output,
              f"# DVPO policy\n\n`{args.model}` aligned by the frozen value model `{args.gvm}` on prompts of "
@@ -700,4 +727,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    heed_signals()
     main(parse_args(Args, sys.argv[1:]))

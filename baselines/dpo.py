@@ -16,6 +16,7 @@ import math
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -348,6 +349,33 @@ def save_checkpoint(accelerator, output, step):
     accelerator.wait_for_everyone()
 
 
+STOP_SIGNALS = []                                             # when they came
+
+
+def heed_signals():
+    """Ctrl-C and SIGTERM (a cluster takes the machine back) let the step end and a checkpoint be saved. Called only
+    where a script is the program. A launcher hands the signal on, so it may come twice at once; one that comes later
+    ends the program on the spot."""
+    def note(number, frame):
+        if STOP_SIGNALS and time.time() > STOP_SIGNALS[0] + 3:
+            fail("stopped in the middle of a step. --resume goes on from the last checkpoint")
+        STOP_SIGNALS.append(time.time())
+        print("\nstopping after this step; the same signal in three seconds or more stops at once", flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:        # a job in the background may be told to ignore them
+            signal.signal(number, note)
+
+
+def save_if_due(accelerator, output, step, last, save_steps):
+    """A checkpoint every --save_steps; and when a signal has come, to whichever process: then the run ends here."""
+    stop = accelerator.reduce(torch.tensor(len(STOP_SIGNALS), device=accelerator.device)).item()
+    if step < last and (stop or (save_steps and step % save_steps == 0)):
+        save_checkpoint(accelerator, output, step)
+        if stop:
+            fail(f"{output}: stopped by a signal after step {step}. The same command with --resume goes on from there")
+
+
 def load_checkpoint(accelerator, output):
     """Takes up the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0."""
     newest = checkpoints(output)[-1:]
@@ -492,8 +520,7 @@ def main(args):
             write_lines(output / "metrics.jsonl", [record])
             accelerator.log(record, step=update)
             progress.set_postfix(loss=f"{record['loss']:.3f}")
-        if args.save_steps and update % args.save_steps == 0 and update < len(updates):
-            save_checkpoint(accelerator, output, update)
+        save_if_due(accelerator, output, update, len(updates), args.save_steps)
     progress.close()
     save_run(accelerator, model, tokenizer, output,
              f"# DPO policy\n\n`{args.model}` aligned by {n} preference pairs of `{args.data}` (pairs), "
@@ -503,4 +530,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    heed_signals()
     main(parse_args(Args, sys.argv[1:]))

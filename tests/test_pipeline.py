@@ -1,8 +1,10 @@
 """The whole pipeline through the command line with tiny sizes, as a user runs it; and two processes instead of one."""
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, read_lines
@@ -86,3 +88,23 @@ def test_online_methods_run_on_two_processes(script, fixture, more, request, tmp
         "random_states_0.pkl", "random_states_1.pkl"}
     assert len(read_lines(tmp_path / "two" / "rollouts.jsonl")) == 16          # both processes' rollouts
     assert len(read_lines(tmp_path / "two" / "metrics.jsonl")) == 2
+
+
+def test_two_processes_stop_together_and_go_on(dvpo_args, tmp_path):
+    """SIGTERM to the launcher and both processes, as a cluster sends it (the launcher hands it on, too)."""
+    command = list(map(str, [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision",
+        "no", "--dynamo_backend", "no", "tests/launch_cpu.py", "train_dvpo.py", "--model", dvpo_args.model, "--gvm", dvpo_args.gvm, "--data",
+        dvpo_args.data, "--output", tmp_path / "two", "--steps", 20, "--batch_size", 8, "--mini_batch_size", 8, "--micro_batch_size", 2,
+        "--max_response_length", 12]))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    (checkpoint,) = (tmp_path / "two" / "checkpoints").iterdir()
+    assert len(list(checkpoint.glob("random_states_*"))) == 2 and f"stopped by a signal after step {checkpoint.name[5:]}" in said
+    run(*command[1:], "--resume")
+    assert [record["step"] for record in read_lines(metrics)] == list(range(1, 21))

@@ -93,6 +93,67 @@ def test_ppo_survives_a_sigkill(ppo_args, again, tmp_path):
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_signal_saves_a_checkpoint_and_ends_the_run(name, request, again, tmp_path):
+    """Without --save_steps too; and what is resumed from there is the run that was never stopped."""
+    script, args = SCRIPTS[name], request.getfixturevalue(f"{name}_args")
+    args = again(args, **({"steps": 4} if hasattr(args, "steps") else {"log_every": 1}))
+    script.main(again(args, output=str(tmp_path / "whole")))
+    write_lines = script.write_lines
+
+    def signalled(path, records):
+        write_lines(path, records)
+        if path.name == "metrics.jsonl" and records[0].get("step", records[0].get("update")) == 2:
+            script.STOP_SIGNALS.append(time.time())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "STOP_SIGNALS", [])
+        patch.setattr(script, "write_lines", signalled)
+        fails(lambda: script.main(args), "run: stopped by a signal after step 2. The same command with --resume goes on")
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_2"]
+    script.main(again(args, resume=True))
+    a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "run"))
+    assert all(torch.equal(a[key], b[key]) for key in a) and without_times(tmp_path / "whole") == without_times(tmp_path / "run")
+
+
+@pytest.mark.parametrize("number, ignored", [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGINT, True)])
+def test_real_signals(dvpo_args, tmp_path, number, ignored):
+    """From the command line: one line, exit status 1, a checkpoint. A job that was started to ignore Ctrl-C ignores it."""
+    flags = [word for name in ("model", "gvm", "data", "batch_size", "mini_batch_size", "micro_batch_size", "max_response_length")
+             for word in (f"--{name}", str(getattr(dvpo_args, name)))]
+    command = [sys.executable, "train_dvpo.py", *flags, "--steps", "40", "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda:
+                               signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    if ignored:
+        assert process.returncode == 0 and (tmp_path / "run" / "model.safetensors").exists()
+        return
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert process.returncode == 1 and "Traceback" not in err and "stopping after this step" in out
+    assert f"error: {tmp_path / 'run'}: stopped by a signal after step {checkpoint.name.removeprefix('step_')}." in err
+
+
+def test_a_later_signal_does_not_wait(monkeypatch):
+    monkeypatch.setattr(sft, "STOP_SIGNALS", [])
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        sft.heed_signals()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)                    # at once: handed on by a launcher
+        assert len(sft.STOP_SIGNALS) == 2
+        sft.STOP_SIGNALS[0] -= 3
+        fails(lambda: signal.raise_signal(signal.SIGTERM), "stopped in the middle of a step. --resume goes on")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_killed_before_the_first_checkpoint_begins_anew(dvpo_args, dvpo_run, again, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         kill_at(train_dvpo, patch, 2)
