@@ -545,11 +545,11 @@ def judged_score(judge, place, prompt, response):
 def new_output(path, overwrite):
     """A file to be written at the end, looked at before any work is done: its path, with its folder made."""
     path = Path(path)
-    if path.is_dir():
-        fail(f"{path}: is a folder, and a file of that name is to be written. Choose another --output")
-    if path.exists() and not overwrite:
-        fail(f"{path}: exists already. Choose another --output, or pass --overwrite")
     try:
+        if path.is_dir():
+            fail(f"{path}: is a folder, and a file of that name is to be written. Choose another --output")
+        if path.exists() and not overwrite:
+            fail(f"{path}: exists already. Choose another --output, or pass --overwrite")
         path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK):
             raise PermissionError("no permission to write there")

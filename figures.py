@@ -174,12 +174,12 @@ def judged_score(judge, place, prompt, response):
     return score if math.isfinite(score) else fail(f"--judge {place}: score {score} (prompt {prompt!r:.80})")
 
 
-def new_file(folder, name, overwrite):
-    """The path of a figure to write, its folder made; refuses one that exists, without --overwrite."""
-    path = Path(folder) / name
+def new_output(path, overwrite):
+    """A file to be written at the end, looked at before any work is done: its path, with its folder made."""
+    path = Path(path)
     try:
         if path.is_dir():
-            fail(f"{path}: is a folder, and a figure of that name is to be written. Choose another --output")
+            fail(f"{path}: is a folder, and a file of that name is to be written. Choose another --output")
         if path.exists() and not overwrite:
             fail(f"{path}: exists already. Choose another --output, or pass --overwrite")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -220,18 +220,25 @@ def token_texts(tokenizer, ids):
     return texts
 
 
+def load_tokenizer(folder):
+    """The tokenizer of a model that takes part in a chat, with a pad token."""
+    tokenizer = load(AutoTokenizer, folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        fail(f"{folder}: the tokenizer has no chat template, so the model cannot be asked a question")
+    return tokenizer
+
+
 # ---- 3. Token values (Figure 3) ----
 def load_gvm(folder):
     """(tokenizer, model) of a value model that says Q(tau, s, a): one number per token, read after it."""
-    tokenizer, config = load(AutoTokenizer, folder), load(AutoConfig, folder)
+    tokenizer, config = load_tokenizer(folder), load(AutoConfig, folder)
     if (config.architectures or [""])[0].endswith("ForSequenceClassification"):
         fail(f"{folder}: holds a reward model, which scores whole answers. A token-level value model is wanted here: "
              f"the output of train_gvm.py")
     if getattr(config, "critic", False):
         fail(f"{folder}: holds a PPO critic, whose values are V(s_t), before the token: `evaluate.py values` reads it. "
              f"The output of train_gvm.py is wanted here")
-    if tokenizer.chat_template is None:
-        fail(f"{folder}: the tokenizer has no chat template, so the prompt cannot be asked")
     gvm = load(AutoModelForTokenClassification, folder, kind="value", dtype=torch.float32).eval()
     if gvm.config.num_labels != 1:
         fail(f"{folder}: has {gvm.config.num_labels} outputs per token; a value model has one")
@@ -402,8 +409,8 @@ def write_token_page(path, prompt, answers, scale, note=""):
 
 
 def tokens(args):
-    png = new_file(args.output, "tokens.png", args.overwrite)
-    page = new_file(args.output, "tokens.html", args.overwrite)
+    png = new_output(Path(args.output) / "tokens.png", args.overwrite)
+    page = new_output(Path(args.output) / "tokens.html", args.overwrite)
     for text in [args.prompt, *args.responses]:
         if not text.strip() or any("\ud800" <= character <= "\udfff" for character in text):
             fail(f"--prompt and --responses: {text!r:.40} is empty, or not UTF-8")
@@ -490,7 +497,7 @@ def check_same_settings(name, folders):
 
 
 def curves(args):
-    png = new_file(args.output, "curves.png", args.overwrite)
+    png = new_output(Path(args.output) / "curves.png", args.overwrite)
     judge, names = load_judge(args.judge) if args.judge else None, {}
     for run in args.runs:
         name, _, folder = run.partition("=") if "=" in run and not Path(run).is_dir() else ("", "", run)
@@ -538,7 +545,7 @@ def curves(args):
 # ---- 5. Wins (Figure 2) ----
 def win_bars(args):
     """How often --model's answer ("left") wins against, ties with and loses to every other model's ("right")."""
-    png = new_file(args.output, "wins.png", args.overwrite)
+    png = new_output(Path(args.output) / "wins.png", args.overwrite)
     results = read_json(args.results, "evaluate.py policy or judge")
     outcomes = results.get("outcomes") or fail(f'{args.results}: no "outcomes" in it. evaluate.py judge writes them, '
                                                "and evaluate.py policy with --judge and two models")
@@ -578,7 +585,7 @@ def win_bars(args):
 # ---- 6. Comparison (Tables 1, 2, 7 and Figure 4 in kind) ----
 def compare(args):
     """results/compare.json as a picture: score against rollouts, against time, and on held-out prompts."""
-    png = new_file(args.output, "compare.png", args.overwrite)
+    png = new_output(Path(args.output) / "compare.png", args.overwrite)
     results = read_json(args.results, "make compare")
     kinds = {"seeds": dict, "methods": dict, "step_seconds": dict, "rollouts_per_step": int}
     lacking = [key for key, kind in kinds.items() if not (isinstance(results.get(key), kind) and results[key])]
