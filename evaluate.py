@@ -33,10 +33,12 @@ from typing import Literal, Optional
 
 import torch
 import yaml
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser)
 from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 
@@ -449,11 +451,27 @@ def generate(model, tokenizer, prompts, max_new_tokens, stop, temperature=1.0):
     return [row[:end] for row, end in zip(written, ends)]
 
 
-def token_logp(model, ids, is_token):
-    """log pi(a_t | s_t) of every token, at the token's own position: (B, T) float, 0 at position 0."""
-    logits = model(input_ids=ids, attention_mask=is_token).logits[:, :-1].float()                  # (B, T-1, V)
-    logp = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return torch.nn.functional.pad(logp, (1, 0))
+LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
+
+
+def token_logp(model, ids, is_token, is_response):
+    """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
+
+    The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
+    positions that predict a response token meet the output layer, and float32 exists for a chunk of them at a time:
+    in the backward pass it is computed again.
+    """
+    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
+    token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
+
+    def logp_of(logits, token):
+        return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
+
+    chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
+    logp = torch.cat([checkpoint(logp_of, *part, use_reentrant=False)
+                      for part in zip(logits.split(chunk), token.split(chunk))])                   # (N,)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
 
 
 # ---- 5. Files ----
@@ -576,6 +594,7 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -777,7 +796,7 @@ def answer(model, reference, tokenizer, prompt_ids, args):
         batch = prompt_ids[start:start + args.batch_size]
         responses = generate(model, tokenizer, batch, args.max_response_length, [tokenizer.eos_token_id])
         ids, is_token, is_response = collate(list(zip(batch, responses)), pad_id, model.device)
-        log_ratio = token_logp(model, ids, is_token) - token_logp(reference, ids, is_token)        # (B, T)
+        log_ratio = token_logp(model, ids, is_token, is_response) - token_logp(reference, ids, is_token, is_response)
         answers += zip(responses, torch.where(is_response, log_ratio, 0.0).sum(-1).tolist())
     return answers
 

@@ -11,6 +11,8 @@ Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | 
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
 Where    logp[b, t], q[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t), Q(tau, s_t, a_t).
 """
+import contextlib
+import copy
 import json
 import math
 import os
@@ -28,11 +30,14 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
                           GenerationConfig, HfArgumentParser)
 from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 
@@ -61,6 +66,9 @@ class Args:
     batch_size: int = HfArg(default=64, help="rollouts per step, over all processes (paper: 8)")
     mini_batch_size: int = HfArg(default=32, help="rollouts per update, over all processes (paper: 2 x 2)")
     micro_batch_size: int = HfArg(default=32, help="most rollouts per forward pass and process")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run again in the backward pass")
+    frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(default="auto", help="of frozen models' "
+                                                                            "weights; auto: the run's precision")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours; released code: none)")
     sample_every: int = HfArg(default=15, help="steps between two printed samples")
     save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
@@ -330,18 +338,45 @@ def rollout(policy, tokenizer, prompts, max_response_length, greedy=False):
         do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     try:
-        written = policy.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
+        written = policy.generate(input_ids=ids, attention_mask=is_token, synced_gpus=False)[:, width:].tolist()
     finally:
         policy.generation_config = own
     # Up to the first EOS: what stands behind it is padding, also where pad and EOS are the same token.
     return [row[:row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in written]
 
 
-def token_logp(model, ids, is_token):
-    """log pi(a_t | s_t) of every token, at the token's own position: (B, T) float, 0 at position 0."""
-    logits = model(input_ids=ids, attention_mask=is_token).logits[:, :-1].float()                  # (B, T-1, V)
-    logp = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return torch.nn.functional.pad(logp, (1, 0))
+LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
+
+
+def token_logp(model, ids, is_token, is_response):
+    """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
+
+    The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
+    positions that predict a response token meet the output layer, and float32 exists for a chunk of them at a time:
+    in the backward pass it is computed again.
+    """
+    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
+    token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
+
+    def logp_of(logits, token):
+        return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
+
+    chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
+    logp = torch.cat([checkpoint(logp_of, *part, use_reentrant=False)
+                      for part in zip(logits.split(chunk), token.split(chunk))])                   # (N,)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
+
+
+class TokenLogp(torch.nn.Module):
+    """A policy as a function from tokens to log-probabilities: this is the call that DDP, ZeRO and FSDP have to see."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+
+    def forward(self, ids, is_token, is_response):
+        return token_logp(self.policy, ids, is_token, is_response)
 
 
 def token_values(gvm, sequences, behind_tau, width, pad_id):
@@ -351,7 +386,7 @@ def token_values(gvm, sequences, behind_tau, width, pad_id):
     behind_tau  the same with tau in front of the prompt: what the GVM reads. tau's own positions are cut off.
     """
     ids, is_token, _ = collate(behind_tau, pad_id, gvm.device)
-    q = gvm(input_ids=ids, attention_mask=is_token).logits.squeeze(-1).float()                     # (B, longest)
+    q = gvm(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()    # (B, longest)
     start = torch.tensor([[len(behind[0]) - len(plain[0])] for behind, plain in zip(behind_tau, sequences)])
     position = start + torch.arange(width)                                                         # (B, width)
     return q.gather(1, position.clamp(max=q.shape[1] - 1).to(q.device))
@@ -364,17 +399,116 @@ def score_rollouts(policy, reference, gvm, sequences, behind_tau, args, pad_id):
     sequences   [(prompt ids, response ids)]       behind_tau  the same with tau in front, for the GVM
     Returns ids, is_token, is_response, logp_old, logp_ref, q, each (B, T); q at the last prompt token is V(s_1).
     """
-    ids, is_token, is_response = collate(sequences, pad_id, policy.device)
-    parts = []
-    for rows in torch.arange(len(sequences)).split(args.micro_batch_size):
-        # log pi_old comes from the code path of the update, not from generation: then the first ratio is exactly 1.
-        parts.append((token_logp(policy, ids[rows], is_token[rows]), token_logp(reference, ids[rows], is_token[rows]),
-                      token_values(gvm, [sequences[row] for row in rows], [behind_tau[row] for row in rows],
-                                   ids.shape[1], pad_id)))
-    return ids, is_token, is_response, *(torch.cat(part) for part in zip(*parts))
+    ids, is_token, is_response = batch = collate(sequences, pad_id, next(policy.parameters()).device)
+    logp_old, logp_ref, q = torch.zeros(3, *ids.shape, device=ids.device)
+    length = is_token.sum(-1).cpu()
+    for rows in length.argsort().split(args.micro_batch_size):                 # rows of like length: little padding
+        width = length[rows].max()
+        micro = [x[rows, :width] for x in batch]
+        # log pi_old comes from the code path of the update, not from generation: then the first ratio is 1.
+        logp_old[rows, :width], logp_ref[rows, :width] = policy(*micro), reference(*micro)
+        q[rows, :width] = token_values(gvm, [sequences[row] for row in rows], [behind_tau[row] for row in rows], width,
+                                       pad_id)
+    return ids, is_token, is_response, logp_old, logp_ref, q
 
 
-# ---- 5. Run folder ----
+# ---- 5. Engine and run folder ----
+def start_accelerator(args, accumulation):
+    """The Accelerator, with what an engine has to know of this script. accumulation: micro-batches per update."""
+    accelerator = Accelerator(**tracker(args))
+    if accelerator.mixed_precision == "fp16":
+        fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
+    accelerator.gradient_accumulation_steps = accumulation                     # whatever a config file says
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            gradient_accumulation_steps=accumulation, gradient_clipping=args.max_grad_norm,
+            train_micro_batch_size_per_gpu=args.micro_batch_size)
+    return accelerator
+
+
+def is_zero3(accelerator):
+    """Does DeepSpeed divide the weights among the processes?"""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+def prepare_frozen(accelerator, model):
+    """A model that does not learn, where the policy is: divided among the processes by ZeRO-3 and FSDP2, else a copy on
+    each device. It has neither gradients nor an optimizer, and is in no checkpoint."""
+    model.requires_grad_(False)
+    if is_zero3(accelerator):
+        import deepspeed
+        return deepspeed.initialize(model=model, config=copy.deepcopy(accelerator.deepspeed_plugin.deepspeed_config))[0]
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+        return fsdp2_prepare_model(accelerator, model)
+    return model.to(accelerator.device)
+
+
+@contextlib.contextmanager
+def gathered(accelerator, model):
+    """The plain model, whole on every process, to generate or to evaluate with. ZeRO-3 and FSDP2 gather the weights
+    once here, instead of layer by layer for each token, and the processes need not take equally many steps."""
+    plain = accelerator.unwrap_model(model)
+    if is_zero3(accelerator):
+        import deepspeed
+        zero = model.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(plain.parameters())):
+            for hook in zero.forward_hooks + zero.backward_hooks:              # they would divide the layers again
+                hook.remove()
+            zero.forward_hooks, zero.backward_hooks = [], []
+            try:
+                yield plain
+            finally:
+                zero._register_deepspeed_module(zero.module)
+    elif accelerator.is_fsdp2:
+        from torch.distributed.fsdp import FSDPModule
+        parts = [module for module in plain.modules() if isinstance(module, FSDPModule)]
+        plain._get_fsdp_state()._lazy_init()              # else the first layer that runs takes itself for the root
+        plain.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
+        try:
+            yield plain
+        finally:
+            plain.set_reshard_after_forward(True)
+            for part in parts:
+                part.reshard()
+    else:
+        yield plain
+
+
+def clip_grad_norm(accelerator, parameters, max_norm):
+    """Clips the gradient; returns its norm before. DeepSpeed has clipped already, in backward(), and made the update
+    unless the norm was not finite."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        return math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: every process has a part
+
+
+def drop_update(accelerator, optimizer, loss):
+    """In place of backward(loss) and step(): forgets the gradients of an update that is not made. The backward pass has
+    to run all the same, since with it engines end their summing up over micro-batches."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:              # accelerator.backward() would step
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        engine.set_gradient_accumulation_boundary(True)
+        engine.backward(loss)
+        engine.optimizer.zero_grad()
+        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
+    else:
+        accelerator.backward(loss)
+    optimizer.zero_grad()
+
+
+def checkpoint_layers(model, on):
+    """Gradient checkpointing on or off. transformers does it only in layers whose `training` is set, which eval() unset
+    to switch dropout off: so it is set on the layers alone. Off for generation: such layers keep no key-value cache."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = on
+
+
 def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
@@ -382,6 +516,7 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -537,12 +672,18 @@ def model_card(accelerator, model, output, about, numbers):
             f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
 
 
-def save_run(accelerator, model, tokenizer, output, about, numbers):
-    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+def save_run(accelerator, model, tokenizer, output, about, numbers, part=""):
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run.
+
+    model  as prepared: only so can its weights be gathered from all processes
+    part   name of the submodule that is saved; the model itself without it
+    """
     state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        model.save_pretrained(saving, state_dict=state)
+        model, prefix = accelerator.unwrap_model(model).get_submodule(part), part and part + "."
+        state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+        model.save_pretrained(saving, state_dict={name: state[name] for name in state
+                                                  if name not in model.all_tied_weights_keys})
         tokenizer.save_pretrained(saving)
         (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
@@ -551,12 +692,12 @@ def save_run(accelerator, model, tokenizer, output, about, numbers):
     accelerator.wait_for_everyone()
 
 
-def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, part=""):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
-                 {"grad_norm": grad_norm})
+                 {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
 
@@ -568,41 +709,47 @@ def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
     stop_if_bad  is called with the gradient norm before every update
     Returns {metric: float}, over all processes (docs/metrics.md).
     """
-    ids, is_token, is_response, logp_old, advantage = batch
-    tokens = accelerator.reduce(is_response.sum()).clamp(min=1)                # response tokens of the global batch
+    length, response = batch[1].sum(-1).cpu(), batch[2]
+    tokens = accelerator.reduce(response.sum()).clamp(min=1)                   # response tokens of the global batch
     updates = args.batch_size // args.mini_batch_size                          # updates per epoch
-    ratio_error, stopped, history, seen = 0.0, False, [], torch.zeros(4, device=ids.device)
-    order = torch.cat([torch.randperm(len(ids)) for _ in range(args.ppo_epochs)])
-    for micro in order.split(args.micro_batch_size):
+    ratio_error, stopped, history, norms, seen = 0.0, False, [], [], torch.zeros(4, device=response.device)
+    order = torch.cat([torch.randperm(len(response)) for _ in range(args.ppo_epochs)])
+    mini_batches = order.split(args.mini_batch_size // accelerator.num_processes)
+    # A mini-batch is random; within it rows of like length form a micro-batch: little padding.
+    for micro in (rows for mini in mini_batches for rows in mini[length[mini].argsort()].split(args.micro_batch_size)):
+        ids, is_token, is_response, logp_old, advantage = (x[micro, :length[micro].max()] for x in batch)
         with accelerator.accumulate(policy):
-            logp = token_logp(policy, ids[micro], is_token[micro])                                 # (micro, T)
+            logp = policy(ids, is_token, is_response)                                              # (micro, width)
             # Eq. (2)'s E[.] is over the batch: a token weighs the same in every mini-batch.            # DEVIATION 9
+            loss = ppo_loss(logp, logp_old, advantage, is_response, args.clip_range)
+            loss = loss * is_response.sum() / tokens * updates
+
+            log_ratio = torch.where(is_response, logp.detach() - logp_old, 0.0)
+            ratio = log_ratio.exp()
+            if not history:                                                    # before the first update
+                ratio_error = max(ratio_error, (ratio - 1).abs().max().item())
+            # k3 = r - 1 - log r, never negative, estimates KL(pi_old, pi_theta).
+            seen += torch.stack([loss.detach(), (ratio - 1 - log_ratio).sum(),
+                                 ((ratio - 1).abs() > args.clip_range).sum(), is_response.sum()])
+            if accelerator.sync_gradients:                                     # the mini-batch is complete
+                total_loss, approx_kl, clipped, count = accelerator.reduce(seen).tolist()
+                history.append((total_loss, approx_kl / max(count, 1), clipped / max(count, 1)))
+                seen.zero_()
+                stopped = history[-1][1] > args.target_kl                      # KL_target, Appendix C: no more updates
+                if stopped:
+                    drop_update(accelerator, optimizer, loss)
+                    break
             # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
             # undone here.
-            loss = ppo_loss(logp, logp_old[micro], advantage[micro], is_response[micro], args.clip_range)
-            loss = loss * is_response[micro].sum() / tokens * updates
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-        log_ratio = torch.where(is_response[micro], logp.detach() - logp_old[micro], 0.0)
-        ratio = log_ratio.exp()
-        if not history:                                                        # before the first update
-            ratio_error = max(ratio_error, (ratio - 1).abs().max().item())
-        # k3 = r - 1 - log r, never negative, estimates KL(pi_old, pi_theta).
-        seen += torch.stack([loss.detach(), (ratio - 1 - log_ratio).sum(), ((ratio - 1).abs() > args.clip_range).sum(),
-                             is_response[micro].sum()])
-        if accelerator.sync_gradients:                                         # a mini-batch is complete
-            loss, approx_kl, clipped, count = accelerator.reduce(seen).tolist()
-            history.append((loss, approx_kl / max(count, 1), clipped / max(count, 1),
-                            float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm))))
-            seen.zero_()
-            stop_if_bad(history[-1][-1])
-            stopped = history[-1][1] > args.target_kl                          # KL_target, Appendix C: no more updates
-        if stopped:
-            optimizer.zero_grad()
-            break
+        if accelerator.sync_gradients:
+            norms.append(clip_grad_norm(accelerator, policy.parameters(), args.max_grad_norm))
+            stop_if_bad(norms[-1])
         optimizer.step()                                                       # of a whole mini-batch: else a no-op
         optimizer.zero_grad()
-    means = dict(zip(("loss", "approx_kl", "clip_fraction", "grad_norm"), torch.tensor(history).mean(0).tolist()))
-    return means | {"approx_kl": history[-1][1], "ratio_error": ratio_error, "updates": len(history) - stopped}
+    means = dict(zip(("loss", "approx_kl", "clip_fraction"), torch.tensor(history).mean(0).tolist()))
+    return means | {"approx_kl": history[-1][1], "grad_norm": sum(norms) / len(norms), "ratio_error": ratio_error,
+                    "updates": len(norms)}
 
 
 def accumulation_steps(args):
@@ -622,7 +769,7 @@ def accumulation_steps(args):
 def main(args):
     started = time.time()
     check_numbers(args)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args), **tracker(args))
+    accelerator = start_accelerator(args, accumulation_steps(args))
     set_seed(args.seed, device_specific=True)
     tokenizer = load(AutoTokenizer, args.model)
     gvm_tokenizer = load(AutoTokenizer, args.gvm)
@@ -642,17 +789,20 @@ def main(args):
 
     # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
     policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    gvm = load(AutoModelForTokenClassification, args.gvm, kind="value", dtype=torch.float32).eval()
+    dtype = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision] if args.frozen_dtype == "auto" else \
+        args.frozen_dtype
+    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=dtype).eval()
+    gvm = load(AutoModelForTokenClassification, args.gvm, kind="value", dtype=dtype).eval()
     gvm_args = getattr(gvm.config, "gvm", None) or fail(f"{args.gvm}: not made by train_gvm.py (no gvm in config.json)")
     context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, gvm))
     if args.max_prompt_length + args.max_response_length > context:
         fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
     output = start_run(accelerator, args)
-    for frozen in (reference, gvm):
-        frozen.requires_grad_(False).to(accelerator.device)            # frozen: neither gradient nor optimizer
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    policy, optimizer = accelerator.prepare(TokenLogp(policy), optimizer)
+    reference, gvm = prepare_frozen(accelerator, TokenLogp(reference)), prepare_frozen(accelerator, gvm)
     epochs = math.ceil(args.steps / (len(data) // args.batch_size))
     batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
 
@@ -663,7 +813,8 @@ def main(args):
         clock = [time.time()]
         mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
         questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
-        responses = rollout(accelerator.unwrap_model(policy), tokenizer, prompt_ids, args.max_response_length)
+        with gathered(accelerator, policy) as plain, accelerator.autocast():   # in the precision it is scored in
+            responses = rollout(plain.policy, tokenizer, prompt_ids, args.max_response_length)
         clock.append(time.time())
 
         sequences = list(zip(prompt_ids, responses))
@@ -672,7 +823,7 @@ def main(args):
                       for question, sequence in zip(questions, sequences)]
         with accelerator.autocast():                                   # all three models in the update's precision
             ids, is_token, is_response, logp_old, logp_ref, q = score_rollouts(
-                accelerator.unwrap_model(policy), reference, gvm, sequences, behind_tau, args, tokenizer.pad_token_id)
+                policy, reference, gvm, sequences, behind_tau, args, tokenizer.pad_token_id)
         ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in responses], device=ids.device)[:, None]
         reward = kl_reward(logp_old, logp_ref, is_response, args.kl_coef)                          # r^KL_t
         if args.truncated == "penalise":
@@ -687,9 +838,11 @@ def main(args):
         advantage = whiten(advantage, learned, accelerator.reduce)
         clock.append(time.time())
 
+        checkpoint_layers(policy, args.gradient_checkpointing)
         metrics = improve(accelerator, policy, optimizer, (ids, is_token, learned, logp_old, advantage), args,
                           lambda grad_norm: stop_if_not_finite(accelerator, policy, tokenizer, output, grad_norm,
-                                                               f"step {step}, rows {batch.tolist()}"))
+                                                               f"step {step}, rows {batch.tolist()}", "policy"))
+        checkpoint_layers(policy, False)
         clock.append(time.time())
         if metrics["ratio_error"] > (1e-3 if accelerator.mixed_precision == "no" else 0.1):
             fail(f"step {step}: the ratio differs from 1 by {metrics['ratio_error']:.2g} before the first update: log "
@@ -722,7 +875,7 @@ def main(args):
     save_run(accelerator, policy, tokenizer, output,
              f"# DVPO policy\n\n`{args.model}` aligned by the frozen value model `{args.gvm}` on prompts of "
              f"`{args.data}` (rl): {args.steps} steps of {args.batch_size} rollouts.",
-             {name: record[name] for name in ("value", "kl", "response_length", "eos_rate")})
+             {name: record[name] for name in ("value", "kl", "response_length", "eos_rate")}, "policy")
     accelerator.end_training()
 
 

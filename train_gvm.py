@@ -11,6 +11,7 @@ Masks    is_token (B, T) no padding; is_response (B, T) tokens that the behaviou
 Where    q[b, t] is read *at* the position of token a_t = y^t: there the model has seen s_t = [x, y^{<t}] and a_t.
          One position earlier it has seen s_t only: that is V(s_t), which the authors' released code uses instead.
 """
+import contextlib
 import json
 import math
 import os
@@ -28,10 +29,12 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser, get_scheduler)
 from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 
@@ -53,6 +56,7 @@ class Args:
     epochs: int = HfArg(default=4, help="passes over the data (ours; released code: 1)")
     batch_size: int = HfArg(default=16, help="rows per update, over all processes (paper: 32)")
     micro_batch_size: int = HfArg(default=16, help="most rows per forward pass and process; the rest accumulates")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run again in the backward pass")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
     eval_every: int = HfArg(default=1500, help="updates between two evaluations on test_pairs.jsonl")
     log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
@@ -370,7 +374,76 @@ def evaluate(model, pairs, args, tokenizer):
     return {name: pair_accuracy(score[0::2], score[1::2]) for name, score in scores.items()}
 
 
-# ---- 5. Run folder ----
+# ---- 5. Engine and run folder ----
+def start_accelerator(args, accumulation):
+    """The Accelerator, with what an engine has to know of this script. accumulation: micro-batches per update."""
+    accelerator = Accelerator(**tracker(args))
+    if accelerator.mixed_precision == "fp16":
+        fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
+    accelerator.gradient_accumulation_steps = accumulation                     # whatever a config file says
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            gradient_accumulation_steps=accumulation, gradient_clipping=args.max_grad_norm,
+            train_micro_batch_size_per_gpu=args.micro_batch_size)
+    return accelerator
+
+
+def is_zero3(accelerator):
+    """Does DeepSpeed divide the weights among the processes?"""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+@contextlib.contextmanager
+def gathered(accelerator, model):
+    """The plain model, whole on every process, to generate or to evaluate with. ZeRO-3 and FSDP2 gather the weights
+    once here, instead of layer by layer for each token, and the processes need not take equally many steps."""
+    plain = accelerator.unwrap_model(model)
+    if is_zero3(accelerator):
+        import deepspeed
+        zero = model.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(plain.parameters())):
+            for hook in zero.forward_hooks + zero.backward_hooks:              # they would divide the layers again
+                hook.remove()
+            zero.forward_hooks, zero.backward_hooks = [], []
+            try:
+                yield plain
+            finally:
+                zero._register_deepspeed_module(zero.module)
+    elif accelerator.is_fsdp2:
+        from torch.distributed.fsdp import FSDPModule
+        parts = [module for module in plain.modules() if isinstance(module, FSDPModule)]
+        plain._get_fsdp_state()._lazy_init()              # else the first layer that runs takes itself for the root
+        plain.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
+        try:
+            yield plain
+        finally:
+            plain.set_reshard_after_forward(True)
+            for part in parts:
+                part.reshard()
+    else:
+        yield plain
+
+
+def clip_grad_norm(accelerator, parameters, max_norm):
+    """Clips the gradient; returns its norm before. DeepSpeed has clipped already, in backward(), and made the update
+    unless the norm was not finite."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        return math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: every process has a part
+
+
+def checkpoint_layers(model, on):
+    """Gradient checkpointing on or off. transformers does it only in layers whose `training` is set, which eval() unset
+    to switch dropout off: so it is set on the layers alone. Off for generation: such layers keep no key-value cache."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = on
+
+
 def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
@@ -378,6 +451,7 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -533,12 +607,18 @@ def model_card(accelerator, model, output, about, numbers):
             f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
 
 
-def save_run(accelerator, model, tokenizer, output, about, numbers):
-    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+def save_run(accelerator, model, tokenizer, output, about, numbers, part=""):
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run.
+
+    model  as prepared: only so can its weights be gathered from all processes
+    part   name of the submodule that is saved; the model itself without it
+    """
     state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        model.save_pretrained(saving, state_dict=state)
+        model, prefix = accelerator.unwrap_model(model).get_submodule(part), part and part + "."
+        state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+        model.save_pretrained(saving, state_dict={name: state[name] for name in state
+                                                  if name not in model.all_tied_weights_keys})
         tokenizer.save_pretrained(saving)
         (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
@@ -547,12 +627,12 @@ def save_run(accelerator, model, tokenizer, output, about, numbers):
     accelerator.wait_for_everyone()
 
 
-def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, part=""):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
-                 {"grad_norm": grad_norm})
+                 {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
 
@@ -575,7 +655,7 @@ def main(args):
     check_numbers(args)
     if not (0 < args.gamma <= 1 and args.td_lambda <= 1):
         fail(f"--gamma {args.gamma} and --td_lambda {args.td_lambda} have to be at most 1, and --gamma above 0")
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args), **tracker(args))
+    accelerator = start_accelerator(args, accumulation_steps(args))
     set_seed(args.seed)
     tokenizer = load(AutoTokenizer, args.model)
     if tokenizer.chat_template is None:
@@ -619,6 +699,9 @@ def main(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
     scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, args.gradient_checkpointing)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     accelerator.register_for_checkpointing(scheduler)
@@ -635,14 +718,14 @@ def main(args):
             reward = last_token(is_response) * rewards[micro, None].to(accelerator.device)             # (B, T): r_t
             is_value = value_positions(is_response)
             with accelerator.accumulate(model):
-                q = model(input_ids=ids, attention_mask=is_token).logits.squeeze(-1).float()           # (B, T)
+                q = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()
                 # A micro-batch counts by its share of the update's positions, so that the update is the mean over all
                 # of them however they are divided into micro-batches and processes. backward() divides by the number
                 # of micro-batches, and the processes' gradients are averaged: both are undone here.
                 loss = td_loss(q, reward, is_value, args.gamma, args.td_lambda) * is_value.sum() / tokens
                 accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
             loss_of_update += loss.detach()
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
         stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, rows {batch.tolist()}")
         optimizer.step()
         optimizer.zero_grad()
@@ -653,7 +736,8 @@ def main(args):
         record = {"update": update, "loss": accelerator.reduce(loss_of_update).item(), "grad_norm": grad_norm,
                   "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
         if pairs and (update % args.eval_every == 0 or last):
-            record["pair_accuracy"] = evaluate(accelerator.unwrap_model(model), pairs, args, tokenizer)
+            with gathered(accelerator, model) as plain:
+                record["pair_accuracy"] = evaluate(plain, pairs, args, tokenizer)
             accelerator.print("\nheld-out pair accuracy: mean value {mean:.3f}, last value {last:.3f}".format(
                 **record["pair_accuracy"]))
         accuracy = {f"pair_accuracy/{name}": x for name, x in record.get("pair_accuracy", {}).items()}

@@ -27,10 +27,13 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler
 from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 
@@ -50,6 +53,7 @@ class Args:
     epochs: int = HfArg(default=1, help="passes over the data (ours)")
     batch_size: int = HfArg(default=32, help="pairs per update, over all processes (paper: 8)")
     micro_batch_size: int = HfArg(default=16, help="most pairs per forward pass and process; the rest accumulates")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run again in the backward pass")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
     log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
     save_steps: int = HfArg(default=0, help="updates between two checkpoints, of which two are kept; 0: none")
@@ -234,28 +238,83 @@ def dpo_loss(chosen, rejected, label_smoothing):
 
 
 # ---- 4. Scores ----
-def token_logp(model, ids, is_token):
-    """log pi(a_t | s_t) of every token, at the token's own position: (B, T) float, 0 at position 0."""
-    logits = model(input_ids=ids, attention_mask=is_token).logits[:, :-1].float()                  # (B, T-1, V)
-    logp = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return torch.nn.functional.pad(logp, (1, 0))
+LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
 
 
-def answer_logp(model, ids, is_token, is_response):
-    """log pi(y | x), the sum over the tokens of each answer: (B,) float."""
-    return torch.where(is_response, token_logp(model, ids, is_token), 0.0).sum(-1)
+def token_logp(model, ids, is_token, is_response):
+    """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
+
+    The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
+    positions that predict a response token meet the output layer, and float32 exists for a chunk of them at a time:
+    in the backward pass it is computed again.
+    """
+    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
+    token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
+
+    def logp_of(logits, token):
+        return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
+
+    chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
+    logp = torch.cat([checkpoint(logp_of, *part, use_reentrant=False)
+                      for part in zip(logits.split(chunk), token.split(chunk))])                   # (N,)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
+
+
+class TokenLogp(torch.nn.Module):
+    """A policy as a function from tokens to log-probabilities: this is the call that DDP, ZeRO and FSDP have to see."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+
+    def forward(self, ids, is_token, is_response):
+        return token_logp(self.policy, ids, is_token, is_response)
+
+
 
 
 @torch.no_grad()
 def reference_logp(reference, sequences, batch_size, pad_id):
     """log pi_ref(y | x) of N (prompt ids, response ids): (N,) float."""
     order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
-    parts = [answer_logp(reference, *collate([sequences[row] for row in order[start:start + batch_size]], pad_id,
-                                             reference.device)) for start in range(0, len(order), batch_size)]
+    parts = [token_logp(reference, *collate([sequences[row] for row in order[start:start + batch_size]], pad_id,
+                                            reference.device)).sum(-1) for start in range(0, len(order), batch_size)]
     return torch.cat(parts)[torch.tensor(order).argsort().to(reference.device)]
 
 
-# ---- 5. Run folder ----
+# ---- 5. Engine and run folder ----
+def start_accelerator(args, accumulation):
+    """The Accelerator, with what an engine has to know of this script. accumulation: micro-batches per update."""
+    accelerator = Accelerator(**tracker(args))
+    if accelerator.mixed_precision == "fp16":
+        fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
+    accelerator.gradient_accumulation_steps = accumulation                     # whatever a config file says
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            gradient_accumulation_steps=accumulation, gradient_clipping=args.max_grad_norm,
+            train_micro_batch_size_per_gpu=args.micro_batch_size)
+    return accelerator
+
+
+def clip_grad_norm(accelerator, parameters, max_norm):
+    """Clips the gradient; returns its norm before. DeepSpeed has clipped already, in backward(), and made the update
+    unless the norm was not finite."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        return math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: every process has a part
+
+
+def checkpoint_layers(model, on):
+    """Gradient checkpointing on or off. transformers does it only in layers whose `training` is set, which eval() unset
+    to switch dropout off: so it is set on the layers alone. Off for generation: such layers keep no key-value cache."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = on
+
+
 def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
@@ -263,6 +322,7 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -418,12 +478,18 @@ def model_card(accelerator, model, output, about, numbers):
             f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
 
 
-def save_run(accelerator, model, tokenizer, output, about, numbers):
-    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+def save_run(accelerator, model, tokenizer, output, about, numbers, part=""):
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run.
+
+    model  as prepared: only so can its weights be gathered from all processes
+    part   name of the submodule that is saved; the model itself without it
+    """
     state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        model.save_pretrained(saving, state_dict=state)
+        model, prefix = accelerator.unwrap_model(model).get_submodule(part), part and part + "."
+        state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+        model.save_pretrained(saving, state_dict={name: state[name] for name in state
+                                                  if name not in model.all_tied_weights_keys})
         tokenizer.save_pretrained(saving)
         (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
@@ -432,12 +498,12 @@ def save_run(accelerator, model, tokenizer, output, about, numbers):
     accelerator.wait_for_everyone()
 
 
-def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, part=""):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
-                 {"grad_norm": grad_norm})
+                 {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
 
@@ -458,7 +524,7 @@ def accumulation_steps(args):
 def main(args):
     started = time.time()
     check_numbers(args)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args), **tracker(args))
+    accelerator = start_accelerator(args, accumulation_steps(args))
     set_seed(args.seed)
     tokenizer = load(AutoTokenizer, args.model)
     if tokenizer.chat_template is None:
@@ -485,7 +551,10 @@ def main(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     updates = update_order(n, args.batch_size, args.epochs, args.seed)
     scheduler = get_scheduler("linear", optimizer, min(args.warmup_steps, len(updates)), len(updates))
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, args.gradient_checkpointing)
+    model, optimizer = accelerator.prepare(TokenLogp(model), optimizer)
 
     accelerator.register_for_checkpointing(scheduler)
     first = load_checkpoint(accelerator, output) if args.resume else 0
@@ -499,14 +568,16 @@ def main(args):
             ids, is_token, is_response = collate([data[row] for row in rows], tokenizer.pad_token_id,
                                                  accelerator.device)
             with accelerator.accumulate(model):
-                reward = args.beta * (answer_logp(model, ids, is_token, is_response) - logp_ref[rows.to(ids.device)])
+                logp = model(ids, is_token, is_response).sum(-1)               # log pi(y | x): (2B,)
+                reward = args.beta * (logp - logp_ref[rows.to(ids.device)])
                 chosen, rejected = reward[0::2], reward[1::2]                                      # (B,) each
                 loss = dpo_loss(chosen, rejected, args.label_smoothing)
                 accelerator.backward(loss)     # its mean over micro-batches and processes: all hold as many pairs
             totals += torch.stack([loss.detach() * len(micro), (chosen > rejected).sum(), chosen.detach().sum(),
                                    rejected.detach().sum()])
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, pairs {batch.tolist()}")
+        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
+        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, pairs {batch.tolist()}",
+                           "policy")
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -525,7 +596,7 @@ def main(args):
     save_run(accelerator, model, tokenizer, output,
              f"# DPO policy\n\n`{args.model}` aligned by {n} preference pairs of `{args.data}` (pairs), "
              f"{args.epochs} epochs, {len(updates)} updates, beta {args.beta}.",
-             {name: record[name] for name in ("loss", "accuracy")})
+             {name: record[name] for name in ("loss", "accuracy")}, "policy")
     accelerator.end_training()
 
 

@@ -10,6 +10,8 @@ Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | 
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
 Where    logp[b, t], value[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t), V(s_t).
 """
+import contextlib
+import copy
 import json
 import math
 import os
@@ -26,11 +28,14 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser)
 from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 
@@ -62,6 +67,9 @@ class Args:
     batch_size: int = HfArg(default=64, help="rollouts per step, over all processes (paper: 8)")
     mini_batch_size: int = HfArg(default=32, help="rollouts per update, over all processes (paper: 2 x 2)")
     micro_batch_size: int = HfArg(default=32, help="most rollouts per forward pass and process")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run again in the backward pass")
+    frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(default="auto", help="of frozen models' "
+                                                                            "weights; auto: the run's precision")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours; released code: none)")
     sample_every: int = HfArg(default=15, help="steps between two printed samples")
     save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
@@ -305,23 +313,50 @@ def rollout(policy, tokenizer, prompts, max_response_length, greedy=False):
         do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     try:
-        written = policy.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
+        written = policy.generate(input_ids=ids, attention_mask=is_token, synced_gpus=False)[:, width:].tolist()
     finally:
         policy.generation_config = own
     # Up to the first EOS: what stands behind it is padding, also where pad and EOS are the same token.
     return [row[:row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in written]
 
 
-def token_logp(model, ids, is_token):
-    """log pi(a_t | s_t) of every token, at the token's own position: (B, T) float, 0 at position 0."""
-    logits = model(input_ids=ids, attention_mask=is_token).logits[:, :-1].float()                  # (B, T-1, V)
-    logp = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return torch.nn.functional.pad(logp, (1, 0))
+LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
+
+
+def token_logp(model, ids, is_token, is_response):
+    """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
+
+    The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
+    positions that predict a response token meet the output layer, and float32 exists for a chunk of them at a time:
+    in the backward pass it is computed again.
+    """
+    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
+    token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
+
+    def logp_of(logits, token):
+        return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
+
+    chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
+    logp = torch.cat([checkpoint(logp_of, *part, use_reentrant=False)
+                      for part in zip(logits.split(chunk), token.split(chunk))])                   # (N,)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
+
+
+class TokenLogp(torch.nn.Module):
+    """A policy as a function from tokens to log-probabilities: this is the call that DDP, ZeRO and FSDP have to see."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+
+    def forward(self, ids, is_token, is_response):
+        return token_logp(self.policy, ids, is_token, is_response)
 
 
 def state_values(critic, ids, is_token):
     """V(s_t) at the position of a_t: (B, T) float. What the critic says one position earlier, a_t not yet seen."""
-    return shift_right(critic(input_ids=ids, attention_mask=is_token).logits.squeeze(-1).float())
+    return shift_right(critic(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float())
 
 
 def value_head(model):
@@ -329,13 +364,13 @@ def value_head(model):
     return getattr(model, "score", None) or model.classifier
 
 
-def load_reward_model(name):
+def load_reward_model(name, dtype):
     """A scalar reward model: AutoModelForSequenceClassification with one label, and a scale that can be divided by."""
     config = load(AutoConfig, name)
     if not (config.architectures or [""])[0].endswith("ForSequenceClassification") or config.num_labels != 1:
         fail(f"{name}: holds a {(config.architectures or ['?'])[0]} with {config.num_labels} labels; a scalar reward "
              f"model is wanted here (baselines/reward_model.py makes one)")
-    model = load(AutoModelForSequenceClassification, name, kind="value", dtype=torch.float32).eval()
+    model = load(AutoModelForSequenceClassification, name, kind="value", dtype=dtype).eval()
     mean, std = score_scale(model)
     return model if math.isfinite(mean) and 0 < std < math.inf else fail(
         f"{name}: reward_mean {mean} and reward_std {std} in config.json are no scale")
@@ -347,7 +382,7 @@ def response_reward(reward_model, ids, is_token, is_response):
     The head is applied by hand: the model's own forward looks for the last token that is not padding, and takes the one
     before EOS where pad and EOS are the same token.
     """
-    hidden = reward_model.base_model(input_ids=ids, attention_mask=is_token).last_hidden_state     # (B, T, hidden)
+    hidden = reward_model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state
     score = value_head(reward_model)(hidden).squeeze(-1).float()                                   # (B, T)
     mean, std = score_scale(reward_model)
     return torch.where(last_token(is_response), (score - mean) / std, 0.0).sum(-1)
@@ -360,15 +395,28 @@ def score_scale(reward_model):
 
 
 class ActorCritic(torch.nn.Module):
-    """The two models that learn, as one module: that is what DDP wraps, and what one backward pass goes through."""
+    """The two models that learn, as one function from tokens: this is the call that DDP, ZeRO and FSDP have to see."""
 
     def __init__(self, policy, critic):
         super().__init__()
-        self.policy, self.critic = policy, critic
+        self.policy, self.critic, self.config = policy, critic, policy.config
+        self._no_split_modules = policy._no_split_modules
 
-    def forward(self, ids, is_token):
+    def forward(self, ids, is_token, is_response):
         """log pi(a_t | s_t) and V(s_t), each (B, T)."""
-        return token_logp(self.policy, ids, is_token), state_values(self.critic, ids, is_token)
+        return token_logp(self.policy, ids, is_token, is_response), state_values(self.critic, ids, is_token)
+
+
+class ResponseReward(torch.nn.Module):
+    """A reward model as a function from tokens to rewards: this is the call that ZeRO and FSDP have to see."""
+
+    def __init__(self, reward_model):
+        super().__init__()
+        self.reward_model, self.config = reward_model, reward_model.config
+        self._no_split_modules = reward_model._no_split_modules
+
+    def forward(self, ids, is_token, is_response):
+        return response_reward(self.reward_model, ids, is_token, is_response)
 
 
 @torch.no_grad()
@@ -378,17 +426,117 @@ def score_rollouts(model, reference, reward_model, sequences, args, pad_id):
     sequences   [(prompt ids, response ids)]
     Returns ids, is_token, is_response, logp_old, logp_ref, value_old, each (B, T), and score (B,).
     """
-    ids, is_token, is_response = collate(sequences, pad_id, reference.device)
-    parts = []
-    for rows in torch.arange(len(sequences)).split(args.micro_batch_size):
-        # log pi_old comes from the code path of the update, not from generation: then the first ratio is exactly 1.
-        logp_old, value_old = model(ids[rows], is_token[rows])
-        parts.append((logp_old, token_logp(reference, ids[rows], is_token[rows]), value_old,
-                      response_reward(reward_model, ids[rows], is_token[rows], is_response[rows])))
-    return ids, is_token, is_response, *(torch.cat(part) for part in zip(*parts))
+    ids, is_token, is_response = batch = collate(sequences, pad_id, next(model.parameters()).device)
+    logp_old, logp_ref, value_old = torch.zeros(3, *ids.shape, device=ids.device)
+    score = torch.zeros(len(ids), device=ids.device)
+    length = is_token.sum(-1).cpu()
+    for rows in length.argsort().split(args.micro_batch_size):                 # rows of like length: little padding
+        width = length[rows].max()
+        micro = [x[rows, :width] for x in batch]
+        # log pi_old comes from the code path of the update, not from generation: then the first ratio is 1.
+        logp_old[rows, :width], value_old[rows, :width] = model(*micro)
+        logp_ref[rows, :width] = reference(*micro)
+        score[rows] = reward_model(*micro)
+    return ids, is_token, is_response, logp_old, logp_ref, value_old, score
 
 
-# ---- 5. Run folder ----
+# ---- 5. Engine and run folder ----
+def start_accelerator(args, accumulation):
+    """The Accelerator, with what an engine has to know of this script. accumulation: micro-batches per update."""
+    accelerator = Accelerator(**tracker(args))
+    if accelerator.mixed_precision == "fp16":
+        fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
+    accelerator.gradient_accumulation_steps = accumulation                     # whatever a config file says
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            gradient_accumulation_steps=accumulation, gradient_clipping=args.max_grad_norm,
+            train_micro_batch_size_per_gpu=args.micro_batch_size)
+    return accelerator
+
+
+def is_zero3(accelerator):
+    """Does DeepSpeed divide the weights among the processes?"""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+def prepare_frozen(accelerator, model):
+    """A model that does not learn, where the policy is: divided among the processes by ZeRO-3 and FSDP2, else a copy on
+    each device. It has neither gradients nor an optimizer, and is in no checkpoint."""
+    model.requires_grad_(False)
+    if is_zero3(accelerator):
+        import deepspeed
+        return deepspeed.initialize(model=model, config=copy.deepcopy(accelerator.deepspeed_plugin.deepspeed_config))[0]
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+        return fsdp2_prepare_model(accelerator, model)
+    return model.to(accelerator.device)
+
+
+@contextlib.contextmanager
+def gathered(accelerator, model):
+    """The plain model, whole on every process, to generate or to evaluate with. ZeRO-3 and FSDP2 gather the weights
+    once here, instead of layer by layer for each token, and the processes need not take equally many steps."""
+    plain = accelerator.unwrap_model(model)
+    if is_zero3(accelerator):
+        import deepspeed
+        zero = model.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(plain.parameters())):
+            for hook in zero.forward_hooks + zero.backward_hooks:              # they would divide the layers again
+                hook.remove()
+            zero.forward_hooks, zero.backward_hooks = [], []
+            try:
+                yield plain
+            finally:
+                zero._register_deepspeed_module(zero.module)
+    elif accelerator.is_fsdp2:
+        from torch.distributed.fsdp import FSDPModule
+        parts = [module for module in plain.modules() if isinstance(module, FSDPModule)]
+        plain._get_fsdp_state()._lazy_init()              # else the first layer that runs takes itself for the root
+        plain.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
+        try:
+            yield plain
+        finally:
+            plain.set_reshard_after_forward(True)
+            for part in parts:
+                part.reshard()
+    else:
+        yield plain
+
+
+def clip_grad_norm(accelerator, parameters, max_norm):
+    """Clips the gradient; returns its norm before. DeepSpeed has clipped already, in backward(), and made the update
+    unless the norm was not finite."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        return math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: every process has a part
+
+
+def drop_update(accelerator, optimizer, loss):
+    """In place of backward(loss) and step(): forgets the gradients of an update that is not made. The backward pass has
+    to run all the same, since with it engines end their summing up over micro-batches."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:              # accelerator.backward() would step
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        engine.set_gradient_accumulation_boundary(True)
+        engine.backward(loss)
+        engine.optimizer.zero_grad()
+        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
+    else:
+        accelerator.backward(loss)
+    optimizer.zero_grad()
+
+
+def checkpoint_layers(model, on):
+    """Gradient checkpointing on or off. transformers does it only in layers whose `training` is set, which eval() unset
+    to switch dropout off: so it is set on the layers alone. Off for generation: such layers keep no key-value cache."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = on
+
+
 def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
@@ -396,6 +544,7 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -551,12 +700,18 @@ def model_card(accelerator, model, output, about, numbers):
             f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
 
 
-def save_run(accelerator, model, tokenizer, output, about, numbers):
-    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+def save_run(accelerator, model, tokenizer, output, about, numbers, part=""):
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run.
+
+    model  as prepared: only so can its weights be gathered from all processes
+    part   name of the submodule that is saved; the model itself without it
+    """
     state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        model.save_pretrained(saving, state_dict=state)
+        model, prefix = accelerator.unwrap_model(model).get_submodule(part), part and part + "."
+        state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+        model.save_pretrained(saving, state_dict={name: state[name] for name in state
+                                                  if name not in model.all_tied_weights_keys})
         tokenizer.save_pretrained(saving)
         (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
@@ -565,12 +720,12 @@ def save_run(accelerator, model, tokenizer, output, about, numbers):
     accelerator.wait_for_everyone()
 
 
-def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, part=""):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
-                 {"grad_norm": grad_norm})
+                 {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
 
@@ -605,48 +760,52 @@ def improve(accelerator, model, optimizer, batch, args, stop_if_bad):
     stop_if_bad  is called with the gradient norm before every update
     Returns {metric: float}, over all processes (docs/metrics.md).
     """
-    ids, is_token, is_response, logp_old, advantage, value_old, returns = batch
-    tokens = accelerator.reduce(is_response.sum()).clamp(min=1)                # response tokens of the global batch
+    length, response = batch[1].sum(-1).cpu(), batch[2]
+    tokens = accelerator.reduce(response.sum()).clamp(min=1)                   # response tokens of the global batch
     updates = args.batch_size // args.mini_batch_size                          # updates per epoch
-    ratio_error, stopped, history, seen = 0.0, False, [], torch.zeros(5, device=ids.device)
-    order = torch.cat([torch.randperm(len(ids)) for _ in range(args.ppo_epochs)])
-    for micro in order.split(args.micro_batch_size):
+    ratio_error, stopped, history, norms, seen = 0.0, False, [], [], torch.zeros(5, device=response.device)
+    order = torch.cat([torch.randperm(len(response)) for _ in range(args.ppo_epochs)])
+    mini_batches = order.split(args.mini_batch_size // accelerator.num_processes)
+    # A mini-batch is random; within it rows of like length form a micro-batch: little padding.
+    for micro in (rows for mini in mini_batches for rows in mini[length[mini].argsort()].split(args.micro_batch_size)):
+        ids, is_token, is_response, logp_old, advantage, value_old, returns = (
+            x[micro, :length[micro].max()] for x in batch)
         with accelerator.accumulate(model):
-            logp, value = model(ids[micro], is_token[micro])                                       # (micro, T) each
+            logp, value = model(ids, is_token, is_response)                                        # (micro, width) each
             # Eq. (2)'s E[.] is over the batch: a token weighs the same in every mini-batch.            # DEVIATION 9
+            share = is_response.sum() / tokens * updates
+            loss = ppo_loss(logp, logp_old, advantage, is_response, args.clip_range) * share
+            critic_loss = value_loss(value, value_old, returns, is_response, args.value_clip) * share
+
+            log_ratio = torch.where(is_response, logp.detach() - logp_old, 0.0)
+            ratio = log_ratio.exp()
+            if not history:                                                    # before the first update
+                ratio_error = max(ratio_error, (ratio - 1).abs().max().item())
+            # k3 = r - 1 - log r, never negative, estimates KL(pi_old, pi_theta).
+            seen += torch.stack([loss.detach(), (ratio - 1 - log_ratio).sum(), critic_loss.detach(),
+                                 ((ratio - 1).abs() > args.clip_range).sum(), is_response.sum()])
+            loss = loss + critic_loss                                          # no weights shared: no weight between
+            if accelerator.sync_gradients:                                     # the mini-batch is complete
+                total_loss, approx_kl, total_critic_loss, clipped, count = accelerator.reduce(seen).tolist()
+                history.append((total_loss, approx_kl / max(count, 1), total_critic_loss, clipped / max(count, 1)))
+                seen.zero_()
+                stopped = history[-1][1] > args.target_kl                      # KL_target, Appendix C: no more updates
+                if stopped:
+                    drop_update(accelerator, optimizer, loss)
+                    break
             # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
             # undone here.
-            loss = ppo_loss(logp, logp_old[micro], advantage[micro], is_response[micro], args.clip_range)
-            critic_loss = value_loss(value, value_old[micro], returns[micro], is_response[micro], args.value_clip)
-            share = is_response[micro].sum() / tokens * updates
-            loss, critic_loss = loss * share, critic_loss * share              # no weights shared: no weight between
-            accelerator.backward((loss + critic_loss) * accelerator.gradient_accumulation_steps
-                                 * accelerator.num_processes)
-        log_ratio = torch.where(is_response[micro], logp.detach() - logp_old[micro], 0.0)
-        ratio = log_ratio.exp()
-        if not history:                                                        # before the first update
-            ratio_error = max(ratio_error, (ratio - 1).abs().max().item())
-        # k3 = r - 1 - log r, never negative, estimates KL(pi_old, pi_theta).
-        seen += torch.stack([loss.detach(), (ratio - 1 - log_ratio).sum(), ((ratio - 1).abs() > args.clip_range).sum(),
-                             is_response[micro].sum(), critic_loss.detach()])
-        if accelerator.sync_gradients:                                         # a mini-batch is complete
-            loss, approx_kl, clipped, count, critic_loss = accelerator.reduce(seen).tolist()
-            # Clipped apart: a critic that is far off must not shorten the policy's step.
-            grad_norm, critic_grad_norm = (float(accelerator.clip_grad_norm_(group["params"], args.max_grad_norm))
-                                           for group in optimizer.param_groups)
-            history.append((loss, approx_kl / max(count, 1), clipped / max(count, 1), critic_loss, critic_grad_norm,
-                            grad_norm))
-            seen.zero_()
-            stop_if_bad(grad_norm + critic_grad_norm)                          # not finite if either is not
-            stopped = history[-1][1] > args.target_kl                          # KL_target, Appendix C: no more updates
-        if stopped:
-            optimizer.zero_grad()
-            break
+            accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+        if accelerator.sync_gradients:
+            # Clipped apart: a critic that is far off must not shorten the policy's step. (DeepSpeed: one norm of both.)
+            norms.append([clip_grad_norm(accelerator, group["params"], args.max_grad_norm)
+                          for group in optimizer.param_groups])
+            stop_if_bad(sum(norms[-1]))                                        # not finite if either is not
         optimizer.step()                                                       # of a whole mini-batch: else a no-op
         optimizer.zero_grad()
-    means = dict(zip(("loss", "approx_kl", "clip_fraction", "critic_loss", "critic_grad_norm", "grad_norm"),
-                     torch.tensor(history).mean(0).tolist()))
-    return means | {"approx_kl": history[-1][1], "ratio_error": ratio_error, "updates": len(history) - stopped}
+    means = dict(zip(("loss", "approx_kl", "critic_loss", "clip_fraction"), torch.tensor(history).mean(0).tolist()))
+    means |= dict(zip(("grad_norm", "critic_grad_norm"), torch.tensor(norms).mean(0).tolist()))
+    return means | {"approx_kl": history[-1][1], "ratio_error": ratio_error, "updates": len(norms)}
 
 
 def accumulation_steps(args):
@@ -666,7 +825,7 @@ def accumulation_steps(args):
 def main(args):
     started = time.time()
     check_numbers(args)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args), **tracker(args))
+    accelerator = start_accelerator(args, accumulation_steps(args))
     set_seed(args.seed, device_specific=True)
     tokenizer = load(AutoTokenizer, args.model)
     rm_tokenizer = load(AutoTokenizer, args.reward_model)
@@ -686,21 +845,25 @@ def main(args):
 
     # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
     policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    reward_model = load_reward_model(args.reward_model)
+    dtype = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision] if args.frozen_dtype == "auto" else \
+        args.frozen_dtype
+    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=dtype).eval()
+    reward_model = load_reward_model(args.reward_model, dtype)
     critic = new_critic(args, reward_model).eval()
     context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, reward_model))
     if args.max_prompt_length + args.max_response_length > context:
         fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
     output = start_run(accelerator, args)
-    for frozen in (reference, reward_model):
-        frozen.requires_grad_(False).to(accelerator.device)            # frozen: neither gradient nor optimizer
-    model = ActorCritic(policy, critic)
+    if args.gradient_checkpointing:
+        for model in (policy, critic):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     groups = [{"params": list(policy.parameters()), "lr": args.lr},
               {"params": list(critic.parameters()), "lr": args.critic_lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    policy, critic = accelerator.unwrap_model(model).policy, accelerator.unwrap_model(model).critic
+    model, optimizer = accelerator.prepare(ActorCritic(policy, critic), optimizer)
+    reward_mean, reward_std = score_scale(reward_model)
+    reference = prepare_frozen(accelerator, TokenLogp(reference))
+    reward_model = prepare_frozen(accelerator, ResponseReward(reward_model))
     epochs = math.ceil(args.steps / (len(data) // args.batch_size))
     batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
 
@@ -711,14 +874,14 @@ def main(args):
         clock = [time.time()]
         mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
         questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
-        with accelerator.autocast():                                   # sampled in the precision it is scored in
-            responses = rollout(policy, tokenizer, prompt_ids, args.max_response_length)
+        with gathered(accelerator, model) as plain, accelerator.autocast():    # in the precision it is scored in
+            responses = rollout(plain.policy, tokenizer, prompt_ids, args.max_response_length)
         clock.append(time.time())
 
         sequences = list(zip(prompt_ids, responses))
         with accelerator.autocast():                                   # all four models in the update's precision
             ids, is_token, is_response, logp_old, logp_ref, value_old, score = score_rollouts(
-                accelerator.unwrap_model(model), reference, reward_model, sequences, args, tokenizer.pad_token_id)
+                model, reference, reward_model, sequences, args, tokenizer.pad_token_id)
         if not score.isfinite().all():
             row = score.isfinite().logical_not().nonzero()[0].item()
             fail(f"step {step}: {args.reward_model} gives {score[row].item()} to the answer to {questions[row]!r:.80}")
@@ -733,17 +896,19 @@ def main(args):
         advantage = whiten(advantage, learned, accelerator.reduce)
         clock.append(time.time())
 
+        checkpoint_layers(model, args.gradient_checkpointing)
         metrics = improve(accelerator, model, optimizer,
                           (ids, is_token, learned, logp_old, advantage, value_old, returns), args,
-                          lambda grad_norm: stop_if_not_finite(accelerator, policy, tokenizer, output, grad_norm,
-                                                               f"step {step}, rows {batch.tolist()}"))
+                          lambda grad_norm: stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm,
+                                                               f"step {step}, rows {batch.tolist()}", "policy"))
+        checkpoint_layers(model, False)
         clock.append(time.time())
         if metrics["ratio_error"] > (1e-3 if accelerator.mixed_precision == "no" else 0.1):
             fail(f"step {step}: the ratio differs from 1 by {metrics['ratio_error']:.2g} before the first update: log "
                  f"pi_old and log pi_theta are not computed alike (dropout? another precision?)")
         record = {"step": step} | metrics
         per_response = {
-            "reward": score * score_scale(reward_model)[1] + score_scale(reward_model)[0],
+            "reward": score * reward_std + reward_mean,                        # in units of the reward model
             "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
             "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
             "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
@@ -765,15 +930,15 @@ def main(args):
                                      for it in samples[:3]))
         save_if_due(accelerator, output, step, args.steps, args.save_steps)
     progress.close()
-    mean, std = score_scale(reward_model)
-    save_run(accelerator, critic, tokenizer, output / "critic",
+    save_run(accelerator, model, tokenizer, output / "critic",
              f"# Critic of the PPO run `{args.output}`\n\n`v = model(input_ids=ids).logits.squeeze(-1)` is (B, T): V "
-             f"of the state after each token; at the last response token it is never trained. `v * {std:.6g} + "
-             f"{mean:.6g}` is in units of the reward model's scores.", {"critic_loss": record["critic_loss"]})
-    save_run(accelerator, policy, tokenizer, output,
+             f"of the state after each token; at the last response token it is never trained. `v * {reward_std:.6g} "
+             f"+ {reward_mean:.6g}` is in units of the reward model's scores.", {"critic_loss": record["critic_loss"]},
+             "critic")
+    save_run(accelerator, model, tokenizer, output,
              f"# PPO policy\n\n`{args.model}` aligned by the reward model `{args.reward_model}` on prompts of "
              f"`{args.data}` (rl): {args.steps} steps of {args.batch_size} rollouts.",
-             {name: record[name] for name in ("reward", "kl", "response_length", "eos_rate")})
+             {name: record[name] for name in ("reward", "kl", "response_length", "eos_rate")}, "policy")
     accelerator.end_training()
 
 

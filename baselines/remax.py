@@ -11,6 +11,8 @@ Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | 
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
 Where    logp[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t).
 """
+import contextlib
+import copy
 import json
 import math
 import os
@@ -27,11 +29,14 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
                           GenerationConfig, HfArgumentParser)
 from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 
@@ -53,6 +58,9 @@ class Args:
     steps: int = HfArg(default=50, help="batches of rollouts")
     batch_size: int = HfArg(default=64, help="rollouts per step and update, over all processes (paper: 8)")
     micro_batch_size: int = HfArg(default=32, help="most rollouts per forward pass and process")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run again in the backward pass")
+    frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(default="auto", help="of frozen models' "
+                                                                            "weights; auto: the run's precision")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours; released code: none)")
     sample_every: int = HfArg(default=15, help="steps between two printed samples")
     save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
@@ -241,18 +249,45 @@ def rollout(policy, tokenizer, prompts, max_response_length, greedy=False):
         do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     try:
-        written = policy.generate(input_ids=ids, attention_mask=is_token)[:, width:].tolist()
+        written = policy.generate(input_ids=ids, attention_mask=is_token, synced_gpus=False)[:, width:].tolist()
     finally:
         policy.generation_config = own
     # Up to the first EOS: what stands behind it is padding, also where pad and EOS are the same token.
     return [row[:row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in written]
 
 
-def token_logp(model, ids, is_token):
-    """log pi(a_t | s_t) of every token, at the token's own position: (B, T) float, 0 at position 0."""
-    logits = model(input_ids=ids, attention_mask=is_token).logits[:, :-1].float()                  # (B, T-1, V)
-    logp = logits.gather(-1, ids[:, 1:, None]).squeeze(-1) - logits.logsumexp(-1)
-    return torch.nn.functional.pad(logp, (1, 0))
+LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
+
+
+def token_logp(model, ids, is_token, is_response):
+    """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
+
+    The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
+    positions that predict a response token meet the output layer, and float32 exists for a chunk of them at a time:
+    in the backward pass it is computed again.
+    """
+    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
+    token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
+
+    def logp_of(logits, token):
+        return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
+
+    chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
+    logp = torch.cat([checkpoint(logp_of, *part, use_reentrant=False)
+                      for part in zip(logits.split(chunk), token.split(chunk))])                   # (N,)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
+
+
+class TokenLogp(torch.nn.Module):
+    """A policy as a function from tokens to log-probabilities: this is the call that DDP, ZeRO and FSDP have to see."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+
+    def forward(self, ids, is_token, is_response):
+        return token_logp(self.policy, ids, is_token, is_response)
 
 
 def value_head(model):
@@ -260,13 +295,13 @@ def value_head(model):
     return getattr(model, "score", None) or model.classifier
 
 
-def load_reward_model(name):
+def load_reward_model(name, dtype):
     """A scalar reward model: AutoModelForSequenceClassification with one label, and a scale that can be divided by."""
     config = load(AutoConfig, name)
     if not (config.architectures or [""])[0].endswith("ForSequenceClassification") or config.num_labels != 1:
         fail(f"{name}: holds a {(config.architectures or ['?'])[0]} with {config.num_labels} labels; a scalar reward "
              f"model is wanted here (baselines/reward_model.py makes one)")
-    model = load(AutoModelForSequenceClassification, name, kind="value", dtype=torch.float32).eval()
+    model = load(AutoModelForSequenceClassification, name, kind="value", dtype=dtype).eval()
     mean, std = score_scale(model)
     return model if math.isfinite(mean) and 0 < std < math.inf else fail(
         f"{name}: reward_mean {mean} and reward_std {std} in config.json are no scale")
@@ -278,7 +313,7 @@ def response_reward(reward_model, ids, is_token, is_response):
     The head is applied by hand: the model's own forward looks for the last token that is not padding, and takes the one
     before EOS where pad and EOS are the same token.
     """
-    hidden = reward_model.base_model(input_ids=ids, attention_mask=is_token).last_hidden_state     # (B, T, hidden)
+    hidden = reward_model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state
     score = value_head(reward_model)(hidden).squeeze(-1).float()                                   # (B, T)
     mean, std = score_scale(reward_model)
     return torch.where(last_token(is_response), (score - mean) / std, 0.0).sum(-1)
@@ -290,6 +325,18 @@ def score_scale(reward_model):
     return scale["reward_mean"], scale["reward_std"]
 
 
+class ResponseReward(torch.nn.Module):
+    """A reward model as a function from tokens to rewards: this is the call that ZeRO and FSDP have to see."""
+
+    def __init__(self, reward_model):
+        super().__init__()
+        self.reward_model, self.config = reward_model, reward_model.config
+        self._no_split_modules = reward_model._no_split_modules
+
+    def forward(self, ids, is_token, is_response):
+        return response_reward(self.reward_model, ids, is_token, is_response)
+
+
 @torch.no_grad()
 def score_rollouts(policy, reference, reward_model, sequences, greedy, args, pad_id):
     """log pi_theta and log pi_ref of every sampled token, and the scores of both answers; each model once per answer.
@@ -297,17 +344,102 @@ def score_rollouts(policy, reference, reward_model, sequences, greedy, args, pad
     sequences, greedy   [(prompt ids, response ids)]: the sampled and the greedy answers
     Returns ids, is_token, is_response, logp_old, logp_ref, each (B, T), of the sampled; score, score_greedy (B,).
     """
-    ids, is_token, is_response = collate(sequences, pad_id, reference.device)
-    greedy_ids, greedy_is_token, greedy_is_response = collate(greedy, pad_id, reference.device)
-    parts = []
-    for rows in torch.arange(len(sequences)).split(args.micro_batch_size):
-        parts.append((token_logp(policy, ids[rows], is_token[rows]), token_logp(reference, ids[rows], is_token[rows]),
-                      response_reward(reward_model, ids[rows], is_token[rows], is_response[rows]),
-                      response_reward(reward_model, greedy_ids[rows], greedy_is_token[rows], greedy_is_response[rows])))
-    return ids, is_token, is_response, *(torch.cat(part) for part in zip(*parts))
+    ids, is_token, is_response = batch = collate(sequences, pad_id, next(policy.parameters()).device)
+    logp_old, logp_ref = torch.zeros(2, *ids.shape, device=ids.device)
+    score, score_greedy = torch.zeros(2, len(ids), device=ids.device)
+    length = is_token.sum(-1).cpu()
+    for rows in length.argsort().split(args.micro_batch_size):                 # rows of like length: little padding
+        width = length[rows].max()
+        micro = [x[rows, :width] for x in batch]
+        logp_old[rows, :width], logp_ref[rows, :width] = policy(*micro), reference(*micro)
+        score[rows] = reward_model(*micro)
+        score_greedy[rows] = reward_model(*collate([greedy[row] for row in rows], pad_id, ids.device))
+    return ids, is_token, is_response, logp_old, logp_ref, score, score_greedy
 
 
-# ---- 5. Run folder ----
+# ---- 5. Engine and run folder ----
+def start_accelerator(args, accumulation):
+    """The Accelerator, with what an engine has to know of this script. accumulation: micro-batches per update."""
+    accelerator = Accelerator(**tracker(args))
+    if accelerator.mixed_precision == "fp16":
+        fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
+    accelerator.gradient_accumulation_steps = accumulation                     # whatever a config file says
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            gradient_accumulation_steps=accumulation, gradient_clipping=args.max_grad_norm,
+            train_micro_batch_size_per_gpu=args.micro_batch_size)
+    return accelerator
+
+
+def is_zero3(accelerator):
+    """Does DeepSpeed divide the weights among the processes?"""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+def prepare_frozen(accelerator, model):
+    """A model that does not learn, where the policy is: divided among the processes by ZeRO-3 and FSDP2, else a copy on
+    each device. It has neither gradients nor an optimizer, and is in no checkpoint."""
+    model.requires_grad_(False)
+    if is_zero3(accelerator):
+        import deepspeed
+        return deepspeed.initialize(model=model, config=copy.deepcopy(accelerator.deepspeed_plugin.deepspeed_config))[0]
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+        return fsdp2_prepare_model(accelerator, model)
+    return model.to(accelerator.device)
+
+
+@contextlib.contextmanager
+def gathered(accelerator, model):
+    """The plain model, whole on every process, to generate or to evaluate with. ZeRO-3 and FSDP2 gather the weights
+    once here, instead of layer by layer for each token, and the processes need not take equally many steps."""
+    plain = accelerator.unwrap_model(model)
+    if is_zero3(accelerator):
+        import deepspeed
+        zero = model.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(plain.parameters())):
+            for hook in zero.forward_hooks + zero.backward_hooks:              # they would divide the layers again
+                hook.remove()
+            zero.forward_hooks, zero.backward_hooks = [], []
+            try:
+                yield plain
+            finally:
+                zero._register_deepspeed_module(zero.module)
+    elif accelerator.is_fsdp2:
+        from torch.distributed.fsdp import FSDPModule
+        parts = [module for module in plain.modules() if isinstance(module, FSDPModule)]
+        plain._get_fsdp_state()._lazy_init()              # else the first layer that runs takes itself for the root
+        plain.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
+        try:
+            yield plain
+        finally:
+            plain.set_reshard_after_forward(True)
+            for part in parts:
+                part.reshard()
+    else:
+        yield plain
+
+
+def clip_grad_norm(accelerator, parameters, max_norm):
+    """Clips the gradient; returns its norm before. DeepSpeed has clipped already, in backward(), and made the update
+    unless the norm was not finite."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        return math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: every process has a part
+
+
+def checkpoint_layers(model, on):
+    """Gradient checkpointing on or off. transformers does it only in layers whose `training` is set, which eval() unset
+    to switch dropout off: so it is set on the layers alone. Off for generation: such layers keep no key-value cache."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = on
+
+
 def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
@@ -315,6 +447,7 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -470,12 +603,18 @@ def model_card(accelerator, model, output, about, numbers):
             f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
 
 
-def save_run(accelerator, model, tokenizer, output, about, numbers):
-    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+def save_run(accelerator, model, tokenizer, output, about, numbers, part=""):
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run.
+
+    model  as prepared: only so can its weights be gathered from all processes
+    part   name of the submodule that is saved; the model itself without it
+    """
     state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        model.save_pretrained(saving, state_dict=state)
+        model, prefix = accelerator.unwrap_model(model).get_submodule(part), part and part + "."
+        state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+        model.save_pretrained(saving, state_dict={name: state[name] for name in state
+                                                  if name not in model.all_tied_weights_keys})
         tokenizer.save_pretrained(saving)
         (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
@@ -484,12 +623,12 @@ def save_run(accelerator, model, tokenizer, output, about, numbers):
     accelerator.wait_for_everyone()
 
 
-def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, part=""):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
-                 {"grad_norm": grad_norm})
+                 {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
 
@@ -501,20 +640,21 @@ def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
     stop_if_bad  is called with the gradient norm before the update
     Returns {metric: float}, over all processes (docs/metrics.md).
     """
-    ids, is_token, is_response, logp_old, advantage = batch
-    tokens = accelerator.reduce(is_response.sum()).clamp(min=1)                # response tokens of the global batch
-    ratio_error, total = 0.0, torch.zeros((), device=ids.device)
-    for micro in torch.arange(len(ids)).split(args.micro_batch_size):
+    length, response = batch[1].sum(-1).cpu(), batch[2]
+    tokens = accelerator.reduce(response.sum()).clamp(min=1)                   # response tokens of the global batch
+    ratio_error, total = 0.0, torch.zeros((), device=response.device)
+    for micro in length.argsort().split(args.micro_batch_size):                # rows of like length: little padding
+        ids, is_token, is_response, logp_old, advantage = (x[micro, :length[micro].max()] for x in batch)
         with accelerator.accumulate(policy):
-            logp = token_logp(policy, ids[micro], is_token[micro])                                 # (micro, T)
+            logp = policy(ids, is_token, is_response)                                              # (micro, width)
             # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
             # undone here, so that a token of the batch weighs the same wherever it falls.                # DEVIATION 9
-            loss = remax_loss(logp, advantage[micro], is_response[micro]) * is_response[micro].sum() / tokens
+            loss = remax_loss(logp, advantage, is_response) * is_response.sum() / tokens
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-        log_ratio = torch.where(is_response[micro], logp.detach() - logp_old[micro], 0.0)
+        log_ratio = torch.where(is_response, logp.detach() - logp_old, 0.0)
         ratio_error = max(ratio_error, (log_ratio.exp() - 1).abs().max().item())
         total += loss.detach()
-    grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), args.max_grad_norm))
+    grad_norm = clip_grad_norm(accelerator, policy.parameters(), args.max_grad_norm)
     stop_if_bad(grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -537,7 +677,7 @@ def accumulation_steps(args):
 def main(args):
     started = time.time()
     check_numbers(args)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args), **tracker(args))
+    accelerator = start_accelerator(args, accumulation_steps(args))
     set_seed(args.seed, device_specific=True)
     tokenizer = load(AutoTokenizer, args.model)
     rm_tokenizer = load(AutoTokenizer, args.reward_model)
@@ -557,16 +697,21 @@ def main(args):
 
     # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
     policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    reward_model = load_reward_model(args.reward_model)
+    dtype = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision] if args.frozen_dtype == "auto" else \
+        args.frozen_dtype
+    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=dtype).eval()
+    reward_model = load_reward_model(args.reward_model, dtype)
     context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, reward_model))
     if args.max_prompt_length + args.max_response_length > context:
         fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
     output = start_run(accelerator, args)
-    for frozen in (reference, reward_model):
-        frozen.requires_grad_(False).to(accelerator.device)            # frozen: neither gradient nor optimizer
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    policy, optimizer = accelerator.prepare(TokenLogp(policy), optimizer)
+    reward_mean, reward_std = score_scale(reward_model)
+    reference = prepare_frozen(accelerator, TokenLogp(reference))
+    reward_model = prepare_frozen(accelerator, ResponseReward(reward_model))
     epochs = math.ceil(args.steps / (len(data) // args.batch_size))
     batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
 
@@ -577,14 +722,15 @@ def main(args):
         clock = [time.time()]
         mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
         questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
-        responses = rollout(accelerator.unwrap_model(policy), tokenizer, prompt_ids, args.max_response_length)
-        best = rollout(accelerator.unwrap_model(policy), tokenizer, prompt_ids, args.max_response_length, greedy=True)
+        with gathered(accelerator, policy) as plain, accelerator.autocast():   # in the precision it is scored in
+            responses = rollout(plain.policy, tokenizer, prompt_ids, args.max_response_length)
+            best = rollout(plain.policy, tokenizer, prompt_ids, args.max_response_length, greedy=True)
         clock.append(time.time())
 
         sequences = list(zip(prompt_ids, responses))
         with accelerator.autocast():                                   # all three models in the update's precision
             ids, is_token, is_response, logp_old, logp_ref, score, score_greedy = score_rollouts(
-                accelerator.unwrap_model(policy), reference, reward_model, sequences, list(zip(prompt_ids, best)), args,
+                policy, reference, reward_model, sequences, list(zip(prompt_ids, best)), args,
                 tokenizer.pad_token_id)
         if not (score - score_greedy).isfinite().all():
             row = (score - score_greedy).isfinite().logical_not().nonzero()[0].item()
@@ -600,16 +746,18 @@ def main(args):
         learned = is_response & ended if args.truncated == "mask" else is_response
         clock.append(time.time())
 
+        checkpoint_layers(policy, args.gradient_checkpointing)
         metrics = improve(accelerator, policy, optimizer, (ids, is_token, learned, logp_old, advantage), args,
                           lambda grad_norm: stop_if_not_finite(accelerator, policy, tokenizer, output, grad_norm,
-                                                               f"step {step}, rows {batch.tolist()}"))
+                                                               f"step {step}, rows {batch.tolist()}", "policy"))
+        checkpoint_layers(policy, False)
         clock.append(time.time())
         if metrics["ratio_error"] > (1e-3 if accelerator.mixed_precision == "no" else 0.1):
             fail(f"step {step}: the ratio differs from 1 by {metrics['ratio_error']:.2g} before the update: log "
                  f"pi_old and log pi_theta are not computed alike (dropout? another precision?)")
         record = {"step": step} | metrics
         per_response = {
-            "reward": score * score_scale(reward_model)[1] + score_scale(reward_model)[0],
+            "reward": score * reward_std + reward_mean,                        # in units of the reward model
             "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
             "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
             "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
@@ -634,7 +782,7 @@ def main(args):
     save_run(accelerator, policy, tokenizer, output,
              f"# ReMax policy\n\n`{args.model}` aligned by the reward model `{args.reward_model}` on prompts of "
              f"`{args.data}` (rl): {args.steps} steps of {args.batch_size} rollouts.",
-             {name: record[name] for name in ("reward", "kl", "response_length", "eos_rate")})
+             {name: record[name] for name in ("reward", "kl", "response_length", "eos_rate")}, "policy")
     accelerator.end_training()
 
 

@@ -10,6 +10,7 @@ Shapes   B pairs, so 2B rows: chosen, rejected, chosen, rejected, ... T tokens o
          Rows are [prompt | response | padding].
 Masks    is_token (2B, T) no padding; is_response (2B, T) tokens of the answer, EOS included.
 """
+import contextlib
 import json
 import math
 import os
@@ -26,11 +27,13 @@ import torch
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser,
                           get_scheduler)
 from transformers.hf_argparser import HfArg
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 
@@ -48,6 +51,7 @@ class Args:
     epochs: int = HfArg(default=4, help="passes over the data (paper: 2)")
     batch_size: int = HfArg(default=16, help="pairs per update, over all processes (paper: 4)")
     micro_batch_size: int = HfArg(default=16, help="most pairs per forward pass and process; the rest accumulates")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run again in the backward pass")
     max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
     eval_every: int = HfArg(default=500, help="updates between two evaluations on test_pairs.jsonl")
     log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
@@ -248,7 +252,76 @@ def pair_accuracy(chosen, rejected):
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
-# ---- 5. Run folder ----
+# ---- 5. Engine and run folder ----
+def start_accelerator(args, accumulation):
+    """The Accelerator, with what an engine has to know of this script. accumulation: micro-batches per update."""
+    accelerator = Accelerator(**tracker(args))
+    if accelerator.mixed_precision == "fp16":
+        fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
+    accelerator.gradient_accumulation_steps = accumulation                     # whatever a config file says
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.deepspeed_plugin.deepspeed_config.update(
+            gradient_accumulation_steps=accumulation, gradient_clipping=args.max_grad_norm,
+            train_micro_batch_size_per_gpu=args.micro_batch_size)
+    return accelerator
+
+
+def is_zero3(accelerator):
+    """Does DeepSpeed divide the weights among the processes?"""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+@contextlib.contextmanager
+def gathered(accelerator, model):
+    """The plain model, whole on every process, to generate or to evaluate with. ZeRO-3 and FSDP2 gather the weights
+    once here, instead of layer by layer for each token, and the processes need not take equally many steps."""
+    plain = accelerator.unwrap_model(model)
+    if is_zero3(accelerator):
+        import deepspeed
+        zero = model.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(plain.parameters())):
+            for hook in zero.forward_hooks + zero.backward_hooks:              # they would divide the layers again
+                hook.remove()
+            zero.forward_hooks, zero.backward_hooks = [], []
+            try:
+                yield plain
+            finally:
+                zero._register_deepspeed_module(zero.module)
+    elif accelerator.is_fsdp2:
+        from torch.distributed.fsdp import FSDPModule
+        parts = [module for module in plain.modules() if isinstance(module, FSDPModule)]
+        plain._get_fsdp_state()._lazy_init()              # else the first layer that runs takes itself for the root
+        plain.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
+        try:
+            yield plain
+        finally:
+            plain.set_reshard_after_forward(True)
+            for part in parts:
+                part.reshard()
+    else:
+        yield plain
+
+
+def clip_grad_norm(accelerator, parameters, max_norm):
+    """Clips the gradient; returns its norm before. DeepSpeed has clipped already, in backward(), and made the update
+    unless the norm was not finite."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = accelerator.deepspeed_engine_wrapped.engine
+        return math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: every process has a part
+
+
+def checkpoint_layers(model, on):
+    """Gradient checkpointing on or off. transformers does it only in layers whose `training` is set, which eval() unset
+    to switch dropout off: so it is set on the layers alone. Off for generation: such layers keep no key-value cache."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = on
+
+
 def load(auto_class, name, kind=None, **kwargs):
     """auto_class.from_pretrained(name), with one clear line where that cannot work.
 
@@ -256,6 +329,7 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -411,12 +485,18 @@ def model_card(accelerator, model, output, about, numbers):
             f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
 
 
-def save_run(accelerator, model, tokenizer, output, about, numbers):
-    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run."""
+def save_run(accelerator, model, tokenizer, output, about, numbers, part=""):
+    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run.
+
+    model  as prepared: only so can its weights be gathered from all processes
+    part   name of the submodule that is saved; the model itself without it
+    """
     state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
     if accelerator.is_main_process:
-        model = accelerator.unwrap_model(model)
-        model.save_pretrained(saving, state_dict=state)
+        model, prefix = accelerator.unwrap_model(model).get_submodule(part), part and part + "."
+        state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+        model.save_pretrained(saving, state_dict={name: state[name] for name in state
+                                                  if name not in model.all_tied_weights_keys})
         tokenizer.save_pretrained(saving)
         (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
         for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
@@ -425,12 +505,12 @@ def save_run(accelerator, model, tokenizer, output, about, numbers):
     accelerator.wait_for_everyone()
 
 
-def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where):
+def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, part=""):
     """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
     if not math.isfinite(grad_norm):
         saved = Path(output) / "checkpoints" / "before_nan"
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
-                 {"grad_norm": grad_norm})
+                 {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
 
 
@@ -451,7 +531,7 @@ def accumulation_steps(args):
 def main(args):
     started = time.time()
     check_numbers(args)
-    accelerator = Accelerator(gradient_accumulation_steps=accumulation_steps(args), **tracker(args))
+    accelerator = start_accelerator(args, accumulation_steps(args))
     set_seed(args.seed)
     tokenizer = load(AutoTokenizer, args.model)
     if tokenizer.chat_template is None:
@@ -486,6 +566,9 @@ def main(args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     updates = update_order(n, args.batch_size, args.epochs, args.seed)
     scheduler = get_scheduler("linear", optimizer, min(args.warmup_steps, len(updates)), len(updates))
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, args.gradient_checkpointing)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     accelerator.register_for_checkpointing(scheduler)
@@ -499,11 +582,11 @@ def main(args):
             sequences = [data[2 * row + side] for row in micro for side in (0, 1)]
             ids, is_token, _ = collate(sequences, tokenizer.pad_token_id, accelerator.device)
             with accelerator.accumulate(model):
-                score = model(input_ids=ids, attention_mask=is_token).logits.squeeze(-1).float()   # (2B,)
+                score = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()
                 loss = bradley_terry_loss(score[0::2], score[1::2])
                 accelerator.backward(loss)     # its mean over micro-batches and processes: all hold as many pairs
             totals += torch.stack([loss.detach() * len(micro), (score[0::2] > score[1::2]).sum()])
-        grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm))
+        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
         stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, pairs {batch.tolist()}")
         optimizer.step()
         optimizer.zero_grad()
@@ -515,8 +598,8 @@ def main(args):
         record = {"update": update, "loss": loss, "accuracy": right, "grad_norm": grad_norm,
                   "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
         if pairs and (update % args.eval_every == 0 or last):
-            score = sequence_scores(accelerator.unwrap_model(model), pairs, args.micro_batch_size,
-                                    tokenizer.pad_token_id)
+            with gathered(accelerator, model) as plain:
+                score = sequence_scores(plain, pairs, args.micro_batch_size, tokenizer.pad_token_id)
             record["pair_accuracy"] = pair_accuracy(score[0::2], score[1::2])
             accelerator.print(f"\nheld-out pair accuracy: {record['pair_accuracy']:.3f}")
         if accelerator.is_main_process and (update % args.log_every == 0 or "pair_accuracy" in record or last):
@@ -526,12 +609,12 @@ def main(args):
         save_if_due(accelerator, output, update, len(updates), args.save_steps)
     progress.close()
     # A Bradley-Terry score has no scale of its own. PPO and ReMax weigh it against a KL penalty, so they need one.
-    model = accelerator.unwrap_model(model)
     some = update_order(n, min(n, 1024), 1, args.seed)[0]              # rows at random: a file may be sorted
-    score = sequence_scores(model, [data[2 * row + side] for row in some for side in (0, 1)], args.micro_batch_size,
-                            tokenizer.pad_token_id)
+    with gathered(accelerator, model) as plain:
+        score = sequence_scores(plain, [data[2 * row + side] for row in some for side in (0, 1)],
+                                args.micro_batch_size, tokenizer.pad_token_id)
     std = score.std(correction=0).item() or 1.0
-    model.config.reward_model = {"reward_mean": score.mean().item(), "reward_std": std}
+    accelerator.unwrap_model(model).config.reward_model = {"reward_mean": score.mean().item(), "reward_std": std}
     save_run(accelerator, model, tokenizer, output,
              f"# Scalar reward model\n\nBradley-Terry, started from `{args.model}`, trained on {n} pairs of "
              f"`{args.data}` (pairs), {args.epochs} epochs, {len(updates)} updates.\n\n`model(input_ids=ids, "

@@ -52,7 +52,9 @@ def test_whitening(batch):
 def test_log_probabilities(batch):
     _, _, draw = batch
     logits, ids = draw(3, 9, 50), torch.randint(0, 50, (3, 9))
-    ours = train_dvpo.token_logp(lambda **_: SimpleNamespace(logits=logits), ids, None)
+    model = SimpleNamespace(base_model=lambda **_: SimpleNamespace(last_hidden_state=logits),
+                            get_output_embeddings=lambda: torch.nn.Identity())
+    ours = train_dvpo.token_logp(model, ids, None, torch.arange(9).expand(3, 9) > 0)
     torch.testing.assert_close(ours[:, 1:], selective_log_softmax(logits[:, :-1], ids[:, 1:]), **CLOSE)
 
 

@@ -67,4 +67,4 @@ def test_what_dvpo_removes():
         "with_tau", "advantage_q", "advantage_gae", "advantage_released", "token_values"}
     assert {name for name in ppo if name not in ours} == {
         "advantage_from_critic", "value_loss", "state_values", "value_head", "load_reward_model", "response_reward", "score_scale",
-        "ActorCritic", "new_critic"}
+        "ResponseReward", "ActorCritic", "new_critic"}
