@@ -8,21 +8,29 @@ override RUN := $(patsubst %/,%,$(RUN))
 ifeq ($(strip $(VENV)),)
 PY        := $(PYTHON)
 INSTALLED :=
+ENGINES   :=
 else
 PY        := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+ENGINES   := $(VENV)/.engines
 endif
 
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
 	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 12)"
 	@echo "make test      ruff and the whole test suite"
+	@echo "make test-distributed  every script under DDP, ZeRO-1 to 3 and FSDP2 (two processes on CPU; about 20 minutes)"
 	@echo "make test-peers  losses and advantages against trl's and verl's own (installs them in .venv-peers)"
 	@echo "options        SEED=3 (every seed) | RUN=folder (default runs/atlas) | PYTHON=python3 VENV= (no new environment)"
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# DeepSpeed, for the tests alone.
+$(VENV)/.engines: $(VENV)/.installed tests/engines_requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/engines_requirements.txt
 	@touch $@
 
 # A demo with another seed is set aside under its seed's name, and taken up again when that seed is asked for.
@@ -73,9 +81,13 @@ else
 	$(PY) experiments/compare.py
 endif
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(ENGINES)
 	$(PY) -m ruff check .
 	$(PY) -m pytest
+
+# Every script under DDP, ZeRO-1 to 3 and FSDP2, two processes on CPU: about 20 minutes.
+test-distributed: $(INSTALLED) $(ENGINES)
+	$(PY) -m pytest -m distributed
 
 # The formulas against trl's and verl's own, in an environment of its own.
 test-peers: .venv-peers/.installed
@@ -87,4 +99,4 @@ test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	@touch $@
 
-.PHONY: help demo stages compare test test-peers
+.PHONY: help demo stages compare test test-distributed test-peers

@@ -111,8 +111,8 @@ def test_policy_and_critic_learn_and_nothing_else(ppo_args, ppo_run, again, monk
     ppo.main(again(ppo_args))
     reference, model = frozen[-1]
     assert not any(p.requires_grad or p.grad is not None for m in (reference, model) for p in m.parameters())
-    assert equal(before[0], {k: v for k, v in reference.state_dict().items() if k in before[0]})
-    assert equal(before[1], model.state_dict())
+    assert equal(before[0], {k: v for k, v in reference.policy.state_dict().items() if k in before[0]})
+    assert equal(before[1], model.reward_model.state_dict())
     assert not equal(before[0], weights(ppo_run))
     zero = again(ppo_args, critic_lr=0.0, output=str(Path(again(ppo_args).output).parent / "still"))
     ppo.main(zero)

@@ -1,4 +1,4 @@
-"""The whole pipeline through the command line with tiny sizes, as a user runs it; and two processes instead of one."""
+"""The whole pipeline through the command line with tiny sizes, as a user runs it."""
 import json
 import os
 import signal
@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 
-import pytest
 from conftest import ROOT, read_lines
 
 TINY = {"sft": ["--epochs", "1", "--max_length", "64"], "train_gvm": ["--epochs", "1", "--eval_every", "5"],
@@ -53,41 +52,6 @@ def test_the_makefile_knows_what_is_finished():
     order = [plan.index(script) for script in ("atlas.py world", "sft.py", "train_gvm.py", "train_dvpo.py")]
     assert order == sorted(order) and plan.count("--seed 7") == 6
     assert "make demo" in subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.mark.parametrize("script, fixture", [
-    ("sft.py", "sft_args"), ("train_gvm.py", "gvm_args"), ("baselines/reward_model.py", "reward_model_args"),
-    ("baselines/dpo.py", "dpo_args")])
-def test_two_processes_give_the_update_of_one(script, fixture, request, tmp_path):
-    """DDP on CPU, half the batch each: the same losses and gradient norms as one process with the whole batch."""
-    args = request.getfixturevalue(fixture)
-    settings = ["--model", args.model, "--data", args.data, "--epochs", "1", "--batch_size", "16", "--micro_batch_size", "8",
-                "--log_every", "2"]
-    run(script, *settings, "--output", tmp_path / "one")
-    launched = run("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "tests/launch_cpu.py", script, *settings,
-                   "--output", tmp_path / "two")
-    assert "processes: 2" in launched                                          # accelerate can fall back to one in silence
-    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
-    assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-3)
-
-
-@pytest.mark.parametrize("script, fixture, more", [
-    ("train_dvpo.py", "dvpo_args", ["--mini_batch_size", 8]), ("baselines/ppo.py", "ppo_args", ["--mini_batch_size", 8]),
-    ("baselines/grpo.py", "grpo_args", ["--mini_batch_size", 8, "--group_size", 4]), ("baselines/remax.py", "remax_args", [])])
-def test_online_methods_run_on_two_processes(script, fixture, more, request, tmp_path):
-    args = request.getfixturevalue(fixture)
-    guide = ["--gvm", args.gvm] if hasattr(args, "gvm") else ["--reward_model", args.reward_model]
-    launched = run("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1,
-                   "--mixed_precision", "no", "--dynamo_backend", "no", "tests/launch_cpu.py", script, "--model", args.model,
-                   *guide, "--data", args.data, "--output", tmp_path / "two", "--steps", 2, "--batch_size", 8,
-                   "--micro_batch_size", 2, "--max_response_length", 12, "--save_steps", 1, *more)
-    assert "processes: 2" in launched
-    assert {file.name for file in (tmp_path / "two" / "checkpoints" / "step_1").glob("random_states_*")} == {
-        "random_states_0.pkl", "random_states_1.pkl"}
-    assert len(read_lines(tmp_path / "two" / "rollouts.jsonl")) == 16          # both processes' rollouts
-    assert len(read_lines(tmp_path / "two" / "metrics.jsonl")) == 2
 
 
 def test_two_processes_stop_together_and_go_on(dvpo_args, tmp_path):
