@@ -36,7 +36,7 @@ from accelerate.utils import DistributedType, gather_object, set_seed
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          GenerationConfig, HfArgumentParser)
+                          ContinuousBatchingConfig, GenerationConfig, HfArgumentParser)
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -61,6 +61,8 @@ class Args:
     ppo_epochs: int = HfArg(default=2, help="passes over each batch of rollouts (paper: 4)")
     truncated: Literal["keep", "mask", "penalise"] = HfArg(default="keep", help="responses cut at the length limit: "
                                                            "as they are; left out; 1 off the reward")   # DEVIATION 10
+    rollout: Literal["padded", "continuous"] = HfArg(default="padded", help="how answers are generated: continuous is "
+                                                     "faster for large models and answers of unequal length")
     max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
     max_response_length: int = HfArg(default=64, help="tokens after which a response is cut (paper: 1024)")
     lr: float = HfArg(default=1e-4, help="learning rate, constant (paper: 2e-6)")
@@ -266,23 +268,32 @@ def last_token(is_response):
 
 # ---- 4. Rollouts and scores ----
 @torch.no_grad()
-def rollout(policy, tokenizer, prompts, max_response_length, greedy=False):
+def rollout(policy, tokenizer, prompts, max_response_length, how, greedy=False):
     """Samples one response to each prompt from pi_theta exactly. prompts: list of id lists. Returns a list of id lists.
 
+    how     "padded": all rows in one batch, until the longest is done; "continuous": a paged key-value cache, in which
+            finished rows make room (transformers' continuous batching; it knows no autocast)
     greedy  takes the likeliest token each time instead: ReMax's baseline, never what the policy learns from
     A response ends with EOS, unless it was cut at max_response_length. It stays token ids: decoded and encoded again,
     it could be split into other tokens than the policy chose.
     """
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
-    is_token = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts], device=policy.device)
     # generate() fills what a GenerationConfig leaves open from the model's own (top_k = 50, a repetition penalty, ...).
     # Then pi_theta is not what is sampled, and the KL estimate goes negative. So the model's own is set aside.
     own, policy.generation_config = policy.generation_config, GenerationConfig(
         do_sample=not greedy, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_response_length,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     try:
-        written = policy.generate(input_ids=ids, attention_mask=is_token, synced_gpus=False)[:, width:].tolist()
+        if how == "continuous":
+            blocks = sum((len(prompt) + max_response_length) // 256 + 2 for prompt in prompts)     # of 256 tokens
+            batching = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=max(2048, len(prompts)),
+                                                seed=torch.randint(2 ** 31, ()).item())
+            done = policy.generate_batch([list(prompt) for prompt in prompts], policy.generation_config, batching)
+            return [answer.generated_tokens or fail(f"generation failed: {answer.error}") for answer in done.values()]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts])
+        is_token = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+        written = policy.generate(input_ids=ids.to(policy.device), attention_mask=is_token.to(policy.device),
+                                  synced_gpus=False)[:, width:].tolist()       # not synced: see gathered()
     finally:
         policy.generation_config = own
     # Up to the first EOS: what stands behind it is padding, also where pad and EOS are the same token.
@@ -801,7 +812,7 @@ def main(args):
         mine = batch[accelerator.process_index::accelerator.num_processes].repeat_interleave(args.group_size).tolist()
         questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
         with gathered(accelerator, policy) as plain, accelerator.autocast():   # in the precision it is scored in
-            responses = rollout(plain.policy, tokenizer, prompt_ids, args.max_response_length)
+            responses = rollout(plain.policy, tokenizer, prompt_ids, args.max_response_length, args.rollout)
         clock.append(time.time())
 
         sequences = list(zip(prompt_ids, responses))

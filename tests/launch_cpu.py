@@ -37,8 +37,8 @@ Accelerator.__init__ = told
 def same_rollouts(real):
     """rollout(), but what it returns depends on the prompts alone: then runs with other processes can be compared. The
     real answers, of unequal lengths, are sampled all the same."""
-    def rollout(policy, tokenizer, prompts, max_response_length, greedy=False, **kwargs):
-        real(policy, tokenizer, prompts, max_response_length, greedy, **kwargs)
+    def rollout(policy, tokenizer, prompts, max_response_length, how, greedy=False):
+        real(policy, tokenizer, prompts, max_response_length, how, greedy)
         answers = []
         for prompt in prompts:
             rng = random.Random(f"{prompt} {greedy} {prompts[:len(answers)].count(prompt)}")

@@ -212,12 +212,12 @@ def test_greedy_rollouts_are_the_likeliest_tokens_and_sampled_ones_are_not(remax
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(remax_args.model).eval(), AutoTokenizer.from_pretrained(
         remax_args.model)
     prompt = remax.encode_prompt(tokenizer, "Is Peru an island?")
-    greedy = [remax.rollout(policy, tokenizer, [prompt], 8, greedy=True)[0] for _ in range(2)]
+    greedy = [remax.rollout(policy, tokenizer, [prompt], 8, "padded", greedy=True)[0] for _ in range(2)]
     assert greedy[0] == greedy[1]
     for length, token in enumerate(greedy[0]):
         logits = policy(input_ids=torch.tensor([prompt + greedy[0][:length]])).logits[0, -1]
         assert logits.argmax() == token
-    assert len({tuple(remax.rollout(policy, tokenizer, [prompt], 8)[0]) for _ in range(5)}) > 1
+    assert len({tuple(remax.rollout(policy, tokenizer, [prompt], 8, "padded")[0]) for _ in range(5)}) > 1
 
 
 def test_a_sampled_answer_that_is_the_greedy_one_teaches_nothing(remax_args, again, monkeypatch, tmp_path):

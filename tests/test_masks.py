@@ -207,30 +207,32 @@ def test_scores_of_responses_do_not_depend_on_the_batch(config, auto_class, pad_
 
 
 # ---- rollouts ----
-def test_rollout_samples_from_the_policy_whatever_its_generation_config_says(policy):
+@pytest.mark.parametrize("how", ["padded", "continuous"])
+def test_rollout_samples_from_the_policy_whatever_its_generation_config_says(policy, how):
     """A generation_config with top_k = 1 and a repetition penalty must not change the samples, nor be changed."""
     class Tokenizer:
         pad_token_id, eos_token_id = 0, 1
 
-    prompts = [[5, 6, 7]] * 4000
+    prompts = [[5, 6, 7]] * (4000 if how == "padded" else 1000)
     with torch.no_grad():
         expected = policy(torch.tensor([prompts[0]])).logits[0, -1].softmax(-1)
     policy.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0, temperature=0.1)
     before = policy.generation_config.to_dict()
     torch.manual_seed(0)
-    first = torch.tensor([row[0] for row in train_dvpo.rollout(policy, Tokenizer, prompts, 2)])
+    first = torch.tensor([row[0] for row in train_dvpo.rollout(policy, Tokenizer, prompts, 2, how)])
     seen = torch.bincount(first, minlength=32) / len(prompts)
     assert (seen - expected).abs().max() < 4 * (0.25 / len(prompts)) ** 0.5    # four standard deviations of a share
     assert policy.generation_config.to_dict() == before
 
 
+@pytest.mark.parametrize("how", ["padded", "continuous"])
 @pytest.mark.parametrize("pad_id", [0, 1])
-def test_rollout_ends_at_eos_and_keeps_what_was_sampled(policy, pad_id):
+def test_rollout_ends_at_eos_and_keeps_what_was_sampled(policy, pad_id, how):
     class Tokenizer:
         pad_token_id, eos_token_id = pad_id, 1
 
     torch.manual_seed(0)
-    rows = train_dvpo.rollout(policy, Tokenizer, [[5], [5, 6, 7], [9, 8]] * 50, 12)
+    rows = train_dvpo.rollout(policy, Tokenizer, [[5], [5, 6, 7], [9, 8]] * 50, 12, how)
     assert len(rows) == 150 and any(row[-1] == 1 for row in rows)
     for row in rows:
         assert 1 not in row[:-1] and (row[-1] == 1 or len(row) == 12)
@@ -274,3 +276,18 @@ def test_text_survives_the_tokenizer(world):
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     for text in ("Bogotá is in South America.", "a\nb\u2028c", "<b>&amp;</b> 日本 🙂 שלום", "x" * 50):
         assert tokenizer.decode(sft.encode_response(tokenizer, text)[:-1]) == text
+
+
+def test_continuous_rollouts_are_the_padded_ones_where_nothing_is_random(policy):
+    """In the order of the prompts; and the same seed gives the same samples, without which no run could be resumed."""
+    class Tokenizer:
+        pad_token_id, eos_token_id = 0, 1
+
+    prompts = [[row % 30 + 2] * (row % 7 + 1) for row in range(40)]
+    padded, continuous = (train_dvpo.rollout(policy, Tokenizer, prompts, 9, how, greedy=True) for how in ("padded", "continuous"))
+    assert padded == continuous and len({tuple(row) for row in padded}) > 20
+    samples = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        samples.append(train_dvpo.rollout(policy, Tokenizer, prompts, 9, "continuous"))
+    assert samples[0] == samples[1] != train_dvpo.rollout(policy, Tokenizer, prompts, 9, "continuous")
