@@ -18,6 +18,7 @@ COMMANDS = {"evaluate", "figures"}                            # scripts with sub
 def parse(words):
     """Parses a command line as its script would. words: ["python", "sft.py", "--lr", ...]."""
     while not words[0].endswith(".py"):
+        assert not words[0].endswith(".yaml") or (ROOT / words[0]).is_file(), words[0]
         words = words[1:]
     script, arguments = words[0].removesuffix(".py"), words[1:]
     module = importlib.import_module(script.replace("/", "."))
@@ -33,7 +34,8 @@ def parse(words):
 
 def commands(text):
     """Every command in the fenced code blocks and in the modules' docstrings: lines that call python or accelerate."""
-    found = re.findall(r"^(?:    )?((?:python|accelerate launch) [\w/]+\.py(?:[^\n\\]|\\\n)*)", text, re.M)
+    launch = r"python|accelerate launch(?: --config_file [\w/]+\.yaml)?(?: --[a-z_]+ \w+| \\\n   )*"
+    found = re.findall(rf"^(?:    )?((?:{launch}) [\w/]+\.py(?:[^\n\\]|\\\n)*)", text, re.M)
     return [shlex.split(re.sub(r"\\\n", " ", command), comments=True) for command in found]
 
 

@@ -15,6 +15,7 @@ from test_bad_input import fails
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import label_rollouts
+import prepare_data
 import train_gvm
 
 # A chat template that is not the policies', with words behind the answer.
@@ -108,6 +109,11 @@ def test_the_value_model_learns_from_them(labels, sft_run, tmp_path):
                                   micro_batch_size=8, log_every=1))
     assert (tmp_path / "gvm" / "model.safetensors").exists()
     assert all(0 < record["loss"] < 10 for record in read_lines(tmp_path / "gvm" / "metrics.jsonl"))
+    # The baselines' reward model learns from pairs of the same scores.
+    prepare_data.main(prepare_data.Args(input=str(labels / "scored.jsonl"), output=str(tmp_path / "pairs"), split=[0, 0.9, 0, 0.1]))
+    reward = {(row["prompt"], row["response"]): row["reward"] for row in read_lines(labels / "scored.jsonl")}
+    pairs = read_lines(tmp_path / "pairs" / "pairs.jsonl")
+    assert pairs and all(reward[pair["prompt"], pair["chosen"]] > reward[pair["prompt"], pair["rejected"]] for pair in pairs)
 
 
 @pytest.mark.parametrize("stopped_at", [1, 12, 30])

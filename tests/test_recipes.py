@@ -1,12 +1,18 @@
-"""recipes/: the paper's settings are Appendix C's and fit their scripts; accelerate reads its files."""
+"""recipes/: the paper's settings are Appendix C's and fit their scripts; accelerate reads its files; two machines are one run."""
 import importlib
+import os
+import re
+import socket
+import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT
+from conftest import ROOT, read_lines
+
+import train_gvm
 
 PAPER = sorted((ROOT / "recipes").glob("paper_*.yaml"))
 RL = {"lr": 2e-6, "max_response_length": 1024, "kl_coef": 0.05}
@@ -132,3 +138,50 @@ def test_accelerate_reads_its_files(name, monkeypatch):
     if kind == "FSDP":
         assert environment["FSDP_VERSION"] == "2" and environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
+
+def two_machines(port):
+    """The two commands of docs/scaling.md, "Two machines on one computer", as lists of words, on another port."""
+    block = (ROOT / "docs" / "scaling.md").read_text().split("## Two machines on one computer")[1].split("```")[1]
+    assert block.strip().startswith("export ACCELERATE_USE_CPU=true\nfor RANK in 0 1; do\n")
+    words = block[block.index("accelerate launch") + len("accelerate launch"):block.index(" --output")].replace("\\\n", " ").split()
+    return [[{"$RANK": rank, "29500": str(port)}.get(word, word) for word in words] for rank in "01"]
+
+
+def test_two_machines_on_one_computer_are_one_run(gvm_args, tmp_path):
+    """One process each, on loopback: the losses of one process with the whole batch."""
+    settings = ["--model", gvm_args.model, "--data", gvm_args.data, "--epochs", "1", "--batch_size", "16", "--micro_batch_size", "8",
+                "--log_every", "2"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launches = [subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *words,
+                                  *settings, "--output", tmp_path / "two"], cwd=ROOT, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True, env=os.environ) for words in two_machines(port)]
+    try:
+        train_gvm.main(train_gvm.Args(model=gvm_args.model, data=gvm_args.data, output=str(tmp_path / "one"), epochs=1, batch_size=16,
+                                      micro_batch_size=8, log_every=2))
+        said = [process.communicate(timeout=60) for process in launches]
+    finally:
+        for process in launches:
+            process.kill()
+    assert [process.returncode for process in launches] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
+    assert "processes: 2" in said[0][0] and "processes" not in said[1][0]      # accelerate can fall back to one in silence
+    one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
+    assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-3)
+    assert len(one) > 2
+
+
+def test_the_memory_table_is_the_formula():
+    """docs/scaling.md: GiB per GPU, from bytes per parameter. (Models that learn, frozen models.)"""
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    learning = {"DDP": lambda n: 16, "ZeRO-1": lambda n: 4 + 12 / n, "ZeRO-2": lambda n: 2 + 14 / n, "ZeRO-3": lambda n: 16 / n}
+    models, table = {"GVM": (1, 0), "DVPO": (1, 2), "PPO": (2, 2)}, page[page.index("| GiB per GPU |"):].split("\n\n")[0].splitlines()
+    engines = [re.match(r"(\S+?)(?:, (\d+).*)?$", cell.strip()).groups() for cell in table[0].split("|")[2:-1]]
+    for line in table[2:]:
+        stage, parameters = re.match(r"\| (\w+), \S+ \(([\d.e]+)\)", line).groups()
+        for (engine, gpus), cell in zip(engines, line.split("|")[2:-1]):
+            n, (learn, frozen) = int(gpus or 1), models[stage]
+            size = learn * learning[engine](n) + frozen * (2 / n if engine == "ZeRO-3" else 2)
+            assert cell.strip() == f"{float(parameters) * size / 2 ** 30:.0f}", (line, engine, n)
+    assert len(table) == 10 and len(engines) == 8
