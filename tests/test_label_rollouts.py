@@ -148,6 +148,8 @@ def test_two_processes_write_what_one_writes(args, labels, tmp_path):
         "--data", args.data, "--output", tmp_path / "out", "--samples", 2, "--test_share", 0.25, "--batch_size", 7])),
         cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0 and ", 2 processes: 0 of " in done.stdout, done.stderr[-2000:]
+    batches = -(-2 * json.loads((labels / "manifest.json").read_text())["prompts"] // 7)
+    assert f" {-(-batches // 2)}/{-(-batches // 2)} " in done.stderr           # the first process's bar: half of them
     assert [row | {"reward": 0} for row in read_lines(tmp_path / "out" / "scored.jsonl")] == [
         row | {"reward": 0} for row in read_lines(labels / "scored.jsonl")]
     assert [row["reward"] for row in read_lines(tmp_path / "out" / "scored.jsonl")] == pytest.approx(
