@@ -301,30 +301,32 @@ def fault(text, ended):
 
 
 # ---- 4. Scores ----
-def load_scorer(name, dtype, device):
-    """(reward model, tokenizer): one score per conversation, loaded by its stock class."""
+def read_scorer(name, prompts):
+    """The reward model's tokenizer. What can be wrong with that model is said now, not after hours of answers."""
     config = load(AutoConfig, name)
     if not (config.architectures or [""])[0].endswith("ForSequenceClassification") or config.num_labels != 1:
         fail(f"{name}: holds a {(config.architectures or ['?'])[0]} with {config.num_labels} labels; a "
              f"reward model for AutoModelForSequenceClassification, with one label, is wanted (docs/scaling.md)")
-    model = load(AutoModelForSequenceClassification, name, kind="value", dtype=dtype).eval().to(device)
-    return model, load_tokenizer(name)
+    tokenizer = load_tokenizer(name)
+    for prompt in prompts:
+        try:
+            encode_conversation(config, tokenizer, prompt, "An answer.")
+        except Exception as problem:                          # some templates take no system prompt
+            fail(f"{name}: its chat template does not take {prompt!r:.80} ({problem})")
+    return tokenizer
 
 
-def encode_conversation(model, tokenizer, prompt, response):
+def encode_conversation(config, tokenizer, prompt, response):
     """Token ids of prompt and answer as the reward model read them in its training, in its own chat template.
 
     Others' reward models are trained on the whole of their chat template, ours (baselines/reward_model.py) up to EOS,
     behind which a template may write a line end.
     """
-    if hasattr(model.config, "reward_model"):
+    if hasattr(config, "reward_model"):
         return encode_prompt(tokenizer, prompt) + encode_response(tokenizer, response)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        return tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=True,
-                                             return_dict=False)
-    except Exception as problem:                              # some templates take no system prompt
-        fail(f"{model.config.name_or_path}: its chat template does not take {prompt!r:.80} ({problem})")
+    return tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": response}], tokenize=True,
+                                         return_dict=False)
 
 
 @torch.no_grad()
@@ -456,17 +458,18 @@ def write_answers(args, models, tokenizers, prompts, batches, dtype, state, done
         del model
 
 
-def write_scores(args, models, prompts, batches, dtype, state, done, record):
+def write_scores(args, models, tokenizer, prompts, batches, dtype, state, done, record):
     """Has the reward model score the answers of this process's batches that have no scores yet."""
     missing = [(policy, i) for policy in models for i in batches if ("rewards", policy, i) not in done]
     if not missing:
         return
-    model, tokenizer = load_scorer(args.reward_model, dtype, state.device)
+    model = load(AutoModelForSequenceClassification, args.reward_model, kind="value", dtype=dtype)
+    model = model.eval().to(state.device)
     for policy, i in tqdm(missing, desc="scores", mininterval=1, disable=not state.is_main_process):
         answers = done["answers", policy, i]
         usable = [j for j, (text, ended) in enumerate(answers) if not fault(text, ended)]
         rewards = dict(zip(usable, scores(model, [
-            encode_conversation(model, tokenizer, prompts[batches[i][j]], answers[j][0]) for j in usable],
+            encode_conversation(model.config, tokenizer, prompts[batches[i][j]], answers[j][0]) for j in usable],
             args.batch_size)))
         for j, reward in rewards.items():
             if reward is not None and not math.isfinite(reward):
@@ -499,6 +502,7 @@ def main(args):
              "bfloat16": torch.bfloat16}[args.dtype]
     tokenizers = {name: load_tokenizer(folder) for name, folder in models.items()}
     prompts, counts = read_prompts(args, tokenizers.values())
+    scorer_tokenizer = read_scorer(args.reward_model, prompts)
     asked = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     settings = {"models": models, "reward_model": args.reward_model, "prompts": asked, "dtype": str(dtype),
                 "weights": [weights_stamp(folder) for folder in (*models.values(), args.reward_model)]}
@@ -522,7 +526,7 @@ def main(args):
         append(log, [kind, policy, i, values])
 
     write_answers(args, models, tokenizers, prompts, mine, dtype, state, done, record)
-    write_scores(args, models, prompts, mine, dtype, state, done, record)
+    write_scores(args, models, scorer_tokenizer, prompts, mine, dtype, state, done, record)
     log.close()
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -184,10 +184,12 @@ def test_an_output_is_replaced_only_on_request(args, labels, tmp_path):
 
 
 def test_bad_input_ends_in_one_line(args, foreign, sft_run, gvm_run, tmp_path, capsys):
-    def run(pattern, **changes):
+    def run(pattern, after_answers=False, **changes):
         fails(lambda: label_rollouts.main(replace(args, **{"output": str(tmp_path / "bad")} | changes)), pattern)
-        shutil.rmtree(tmp_path / "bad.part", ignore_errors=True)
         assert not (tmp_path / "bad").exists()
+        answers = (tmp_path / "bad.part").exists() and (tmp_path / "bad.part" / "answers_0.log").stat().st_size
+        shutil.rmtree(tmp_path / "bad.part", ignore_errors=True)
+        assert bool(answers) == after_answers                 # said before any work, where it can be known
 
     run("--test_share 1.0: it has to be less than 1", test_share=1.0)
     run("--samples 0", samples=0)
@@ -196,14 +198,14 @@ def test_bad_input_ends_in_one_line(args, foreign, sft_run, gvm_run, tmp_path, c
     run("rl.jsonl: no such file", split="rl")
     run("no prompt fits into --max_prompt_length 2", max_prompt_length=2)
     run("more than the context of .*, 512 tokens", max_response_length=500)
-    run("no answer to learn from.*cut at.*A larger --max_response_length", max_response_length=1)
+    run("no answer to learn from.*cut at.*A larger --max_response_length", True, max_response_length=1)
     run("LlamaForCausalLM with .* labels; a reward model for AutoModelForSequenceClassification", reward_model=str(sft_run))
     run("LlamaForTokenClassification with 1 labels", reward_model=str(gvm_run))
     run("no model in this folder", reward_model=str(tmp_path / "nowhere"))
     folder = foreign(num_labels=2)
     run("LlamaForSequenceClassification with 2 labels", reward_model=str(folder))
     folder = foreign(max_position_embeddings=4)               # every conversation is longer than it can read
-    run("no answer to learn from.*longer than the reward model's context", reward_model=str(folder))
+    run("no answer to learn from.*longer than the reward model's context", True, reward_model=str(folder))
     folder = foreign()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{{ raise_exception('system prompts are not for me') }}"
@@ -218,4 +220,4 @@ def test_bad_input_ends_in_one_line(args, foreign, sft_run, gvm_run, tmp_path, c
     model.score.weight.data.fill_(torch.nan)
     model.save_pretrained(tmp_path / "nan")
     AutoTokenizer.from_pretrained(args.reward_model).save_pretrained(tmp_path / "nan")
-    run("nan: gives nan to ", reward_model=str(tmp_path / "nan"))
+    run("nan: gives nan to ", True, reward_model=str(tmp_path / "nan"))

@@ -96,6 +96,12 @@ def test_the_sizes_fit_the_processes_that_the_comment_names(recipe, processes, m
         assert steps_on(processes, args, section, monkeypatch) * args.micro_batch_size * processes == total
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 ENGINES = {"ddp": ("MULTI_GPU", 8, {}),
            "multinode": ("MULTI_GPU", 16, {}),
            "zero1": ("DEEPSPEED", 8, {"zero_stage": 1}),
@@ -124,7 +130,7 @@ def test_accelerate_reads_its_files(name, monkeypatch):
     assert engine.items() <= section.items() and bool(engine) == bool(section)
     assert all(value == "none" for key, value in section.items() if "offload" in key)
 
-    args = launch_command_parser().parse_args(["--config_file", file, "train_gvm.py"])
+    args = launch_command_parser().parse_args(["--config_file", file, "--main_process_port", str(free_port()), "train_gvm.py"])
     args, defaults, _ = _validate_launch_command(args)
     args.deepspeed_fields_from_accelerate_config = ",".join([*defaults.deepspeed_config, "mixed_precision"])   # as it does
     environment = prepare_deepspeed_cmd_env(args)[1] if kind == "DEEPSPEED" else prepare_multi_gpu_env(args)
@@ -151,12 +157,9 @@ def test_two_machines_on_one_computer_are_one_run(gvm_args, tmp_path):
     """One process each, on loopback: the losses of one process with the whole batch."""
     settings = ["--model", gvm_args.model, "--data", gvm_args.data, "--epochs", "1", "--batch_size", "16", "--micro_batch_size", "8",
                 "--log_every", "2"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     launches = [subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *words,
                                   *settings, "--output", tmp_path / "two"], cwd=ROOT, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, text=True, env=os.environ) for words in two_machines(port)]
+                                 stderr=subprocess.PIPE, text=True, env=os.environ) for words in two_machines(free_port())]
     try:
         train_gvm.main(train_gvm.Args(model=gvm_args.model, data=gvm_args.data, output=str(tmp_path / "one"), epochs=1, batch_size=16,
                                       micro_batch_size=8, log_every=2))
