@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import label_rollouts
 import prepare_data
+import sft
 import train_gvm
 
 # A chat template that is not the policies', with words behind the answer.
@@ -91,6 +92,16 @@ def test_rewards_are_those_of_our_reward_model_at_eos(args, labels):
            + tokenizer(row["response"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for row in rows]
     assert [row["reward"] for row in rows] == pytest.approx(by_hand(args.reward_model, ids), abs=1e-5)
     assert len({row["reward"] for row in rows}) > 3
+
+
+def test_ours_is_read_at_eos_also_where_the_template_goes_on(reward_model_run):
+    """sft.py's template writes a line end behind EOS, which our reward models have never seen."""
+    tokenizer, ours = AutoTokenizer.from_pretrained(reward_model_run), AutoConfig.from_pretrained(reward_model_run)
+    tokenizer.chat_template = sft.PLAIN_TEMPLATE
+    theirs = AutoConfig.from_pretrained(reward_model_run)
+    del theirs.reward_model
+    read = {name: label_rollouts.encode_conversation(config, tokenizer, "Is it?", "No.") for name, config in (("ours", ours), ("theirs", theirs))}
+    assert read["ours"][-1] == tokenizer.eos_token_id != read["theirs"][-1]
 
 
 @pytest.mark.parametrize("pad_token_id", [0, None])
