@@ -38,7 +38,6 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser)
 from transformers.hf_argparser import HfArg
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 
@@ -474,6 +473,24 @@ def token_logp(model, ids, is_token, is_response):
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
 
 
+class TokenLogp(torch.nn.Module):
+    """A policy as a function from tokens to log-probabilities: this is the call that DDP, ZeRO and FSDP have to see."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+        with torch.no_grad():
+            ids = torch.tensor([[0, 1]], device=policy.device)
+            hidden = policy.base_model(input_ids=ids).last_hidden_state
+            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids).logits
+            if not torch.allclose(logits, own, atol=1e-2, equal_nan=True):
+                fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
+                     f"as in Gemma 2), which token_logp takes them for")
+
+    def forward(self, ids, is_token, is_response):
+        return token_logp(self.policy, ids, is_token, is_response)
+
+
 # ---- 5. Files ----
 def json_rows(path, flag):
     """[(number, row), ...] of a file of JSON lines, or of one JSON list; gzipped or not."""
@@ -594,7 +611,6 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
-    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -796,7 +812,7 @@ def answer(model, reference, tokenizer, prompt_ids, args):
         batch = prompt_ids[start:start + args.batch_size]
         responses = generate(model, tokenizer, batch, args.max_response_length, [tokenizer.eos_token_id])
         ids, is_token, is_response = collate(list(zip(batch, responses)), pad_id, model.device)
-        log_ratio = token_logp(model, ids, is_token, is_response) - token_logp(reference, ids, is_token, is_response)
+        log_ratio = TokenLogp(model)(ids, is_token, is_response) - TokenLogp(reference)(ids, is_token, is_response)
         answers += zip(responses, torch.where(is_response, log_ratio, 0.0).sum(-1).tolist())
     return answers
 

@@ -32,7 +32,6 @@ from matplotlib import font_manager
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
                           HfArgumentParser)
 from transformers.hf_argparser import HfArg
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 matplotlib.use("Agg")                                         # files, no window
@@ -127,7 +126,6 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
-    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())

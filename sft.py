@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from torch.utils.checkpoint import checkpoint
@@ -242,21 +242,29 @@ class TokenLogp(torch.nn.Module):
     def __init__(self, policy):
         super().__init__()
         self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+        with torch.no_grad():
+            ids = torch.tensor([[0, 1]], device=policy.device)
+            hidden = policy.base_model(input_ids=ids).last_hidden_state
+            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids).logits
+            if not torch.allclose(logits, own, atol=1e-2, equal_nan=True):
+                fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
+                     f"as in Gemma 2), which token_logp takes them for")
 
     def forward(self, ids, is_token, is_response):
         return token_logp(self.policy, ids, is_token, is_response)
 
 
 # ---- 5. Engine and run folder ----
-def start_accelerator(args, accumulation):
-    """The Accelerator, with what an engine has to know of this script. accumulation: micro-batches per update."""
+def start_accelerator(args, accumulation_steps):
+    """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))
+    unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
     if accelerator.mixed_precision == "fp16":
         fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
-    accelerator.gradient_accumulation_steps = accumulation                     # whatever a config file says
+    accelerator.gradient_accumulation_steps = accumulation_steps(args, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_plugin.deepspeed_config.update(
-            gradient_accumulation_steps=accumulation, gradient_clipping=args.max_grad_norm,
+            gradient_accumulation_steps=accelerator.gradient_accumulation_steps, gradient_clipping=args.max_grad_norm,
             train_micro_batch_size_per_gpu=args.micro_batch_size)
     return accelerator
 
@@ -278,7 +286,6 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
-    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -464,10 +471,9 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, 
 
 
 # ---- 6. Training ----
-def accumulation_steps(args):
+def accumulation_steps(args, processes):
     """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
     and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    processes = PartialState().num_processes
     if args.batch_size < 1 or args.batch_size % processes:
         fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
@@ -480,7 +486,7 @@ def accumulation_steps(args):
 def main(args):
     started = time.time()
     check_numbers(args)
-    accelerator = start_accelerator(args, accumulation_steps(args))
+    accelerator = start_accelerator(args, accumulation_steps)
     set_seed(args.seed)
     tokenizer = load(AutoTokenizer, args.model)
     tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
@@ -498,14 +504,14 @@ def main(args):
     if args.max_length > getattr(model.config, "max_position_embeddings", math.inf):
         fail(f"--max_length {args.max_length} is more than the context of {args.model}")
     output = start_run(accelerator, args)
-    model.train()
+    model.eval()
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
     # The scheduler is stepped by hand: a prepared one would take `num_processes` steps an update.
     scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
-    model, optimizer = accelerator.prepare(TokenLogp(model), optimizer)
+    model, optimizer = accelerator.prepare(TokenLogp(model).train(), optimizer)
 
     accelerator.register_for_checkpointing(scheduler)
     first = load_checkpoint(accelerator, output) if args.resume else 0

@@ -28,7 +28,7 @@ from typing import Literal
 
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, gather_object, set_seed
 from torch.utils.checkpoint import checkpoint
@@ -385,6 +385,13 @@ class TokenLogp(torch.nn.Module):
     def __init__(self, policy):
         super().__init__()
         self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+        with torch.no_grad():
+            ids = torch.tensor([[0, 1]], device=policy.device)
+            hidden = policy.base_model(input_ids=ids).last_hidden_state
+            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids).logits
+            if not torch.allclose(logits, own, atol=1e-2, equal_nan=True):
+                fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
+                     f"as in Gemma 2), which token_logp takes them for")
 
     def forward(self, ids, is_token, is_response):
         return token_logp(self.policy, ids, is_token, is_response)
@@ -424,15 +431,16 @@ def score_rollouts(policy, reference, gvm, sequences, behind_tau, args, pad_id):
 
 
 # ---- 5. Engine and run folder ----
-def start_accelerator(args, accumulation):
-    """The Accelerator, with what an engine has to know of this script. accumulation: micro-batches per update."""
+def start_accelerator(args, accumulation_steps):
+    """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))
+    unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
     if accelerator.mixed_precision == "fp16":
         fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
-    accelerator.gradient_accumulation_steps = accumulation                     # whatever a config file says
+    accelerator.gradient_accumulation_steps = accumulation_steps(args, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_plugin.deepspeed_config.update(
-            gradient_accumulation_steps=accumulation, gradient_clipping=args.max_grad_norm,
+            gradient_accumulation_steps=accelerator.gradient_accumulation_steps, gradient_clipping=args.max_grad_norm,
             train_micro_batch_size_per_gpu=args.micro_batch_size)
     return accelerator
 
@@ -527,7 +535,6 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
-    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -747,9 +754,9 @@ def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
                 history.append((total_loss, approx_kl / max(count, 1), clipped / max(count, 1)))
                 seen.zero_()
                 stopped = history[-1][1] > args.target_kl                      # KL_target, Appendix C: no more updates
-                if stopped:
-                    drop_update(accelerator, optimizer, loss)
-                    break
+            if stopped:
+                drop_update(accelerator, optimizer, loss)
+                break
             # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
             # undone here.
             accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
@@ -763,10 +770,9 @@ def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
                     "updates": len(norms)}
 
 
-def accumulation_steps(args):
+def accumulation_steps(args, processes):
     """Micro-batches per update. --mini_batch_size is the total over all processes, so that a run means the same on one
     GPU and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    processes = PartialState().num_processes
     if args.mini_batch_size < 1 or args.mini_batch_size % processes or args.batch_size % args.mini_batch_size:
         fail(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size {args.mini_batch_size}, and that "
              f"of the {processes} processes")
@@ -780,7 +786,7 @@ def accumulation_steps(args):
 def main(args):
     started = time.time()
     check_numbers(args)
-    accelerator = start_accelerator(args, accumulation_steps(args))
+    accelerator = start_accelerator(args, accumulation_steps)
     set_seed(args.seed, device_specific=True)
     tokenizer = load(AutoTokenizer, args.model)
     gvm_tokenizer = load(AutoTokenizer, args.gvm)

@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
 from tqdm import tqdm
@@ -375,15 +375,16 @@ def evaluate(model, pairs, args, tokenizer):
 
 
 # ---- 5. Engine and run folder ----
-def start_accelerator(args, accumulation):
-    """The Accelerator, with what an engine has to know of this script. accumulation: micro-batches per update."""
+def start_accelerator(args, accumulation_steps):
+    """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))
+    unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
     if accelerator.mixed_precision == "fp16":
         fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
-    accelerator.gradient_accumulation_steps = accumulation                     # whatever a config file says
+    accelerator.gradient_accumulation_steps = accumulation_steps(args, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_plugin.deepspeed_config.update(
-            gradient_accumulation_steps=accumulation, gradient_clipping=args.max_grad_norm,
+            gradient_accumulation_steps=accelerator.gradient_accumulation_steps, gradient_clipping=args.max_grad_norm,
             train_micro_batch_size_per_gpu=args.micro_batch_size)
     return accelerator
 
@@ -451,7 +452,6 @@ def load(auto_class, name, kind=None, **kwargs):
           a fresh, random head.
     """
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
-    unset_hf_deepspeed_config()                               # else ZeRO-3 divides a model before its head is made
     transformers_logging.disable_progress_bar()
     folder = Path(name)
     local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
@@ -637,10 +637,9 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, 
 
 
 # ---- 6. Training ----
-def accumulation_steps(args):
+def accumulation_steps(args, processes):
     """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
     and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    processes = PartialState().num_processes
     if args.batch_size < 1 or args.batch_size % processes:
         fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
@@ -655,7 +654,7 @@ def main(args):
     check_numbers(args)
     if not (0 < args.gamma <= 1 and args.td_lambda <= 1):
         fail(f"--gamma {args.gamma} and --td_lambda {args.td_lambda} have to be at most 1, and --gamma above 0")
-    accelerator = start_accelerator(args, accumulation_steps(args))
+    accelerator = start_accelerator(args, accumulation_steps)
     set_seed(args.seed)
     tokenizer = load(AutoTokenizer, args.model)
     if tokenizer.chat_template is None:

@@ -53,7 +53,8 @@ sys.path.insert(0, os.getcwd())
 script = importlib.import_module(sys.argv[0].removesuffix(".py").replace("/", "."))
 if os.environ.get("SAME_ROLLOUTS") and hasattr(script, "rollout"):
     script.rollout = same_rollouts(script.rollout)
-script.heed_signals()
+if hasattr(script, "heed_signals"):
+    script.heed_signals()
 script.main(script.parse_args(script.Args, sys.argv[1:]))
 sys.stdout.flush()
 sys.stderr.flush()

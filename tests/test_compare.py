@@ -57,7 +57,7 @@ def test_every_method_s_flags_are_its_script_s(monkeypatch, tmp_path):
         flags = compare.flags_of(method, tmp_path, 50) | {"lr": rates[0], "seed": 1}
         monkeypatch.setattr(sys, "argv", [script])
         args = module.parse_args(module.Args, [word for key, value in flags.items() for word in (f"--{key}", str(value))])
-        module.accumulation_steps(args)
+        module.accumulation_steps(args, 1)
         rollouts.add(args.steps * args.batch_size if method != "DPO" else None)
         assert len(rates) == 4
     assert rollouts == {50 * 60, None}

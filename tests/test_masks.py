@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, Gemma2Config, LlamaConfig
 
 import evaluate
 import sft
@@ -291,3 +291,13 @@ def test_continuous_rollouts_are_the_padded_ones_where_nothing_is_random(policy)
         torch.manual_seed(5)
         samples.append(train_dvpo.rollout(policy, Tokenizer, prompts, 9, "continuous"))
     assert samples[0] == samples[1] != train_dvpo.rollout(policy, Tokenizer, prompts, 9, "continuous")
+
+
+def test_logits_that_are_not_the_output_layers_are_refused():
+    """Gemma 2 caps its logits: the output layer applied by hand would give others."""
+    config = Gemma2Config(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+                          num_key_value_heads=2, initializer_range=2.0, final_logit_softcapping=1.0)
+    with pytest.raises(SystemExit, match="logits are not what its output layer gives"):
+        train_dvpo.TokenLogp(AutoModelForCausalLM.from_config(config).eval())
+    config.final_logit_softcapping = None
+    train_dvpo.TokenLogp(AutoModelForCausalLM.from_config(config).eval())

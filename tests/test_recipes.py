@@ -5,7 +5,6 @@ import re
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -44,9 +43,8 @@ def parsed(recipe, section, monkeypatch, *flags):
     return script(section).parse_args(script(section).Args, [str(recipe), *flags])
 
 
-def steps_on(processes, args, section, monkeypatch):
-    monkeypatch.setattr(script(section), "PartialState", lambda: SimpleNamespace(num_processes=processes))
-    return script(section).accumulation_steps(args)
+def steps_on(processes, args, section):
+    return script(section).accumulation_steps(args, processes)
 
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
@@ -89,11 +87,11 @@ def test_the_sizes_fit_the_processes_that_the_comment_names(recipe, processes, m
         total = getattr(args, "mini_batch_size", args.batch_size)
         if change:
             with pytest.raises(SystemExit, match=r"error: --(mini_)?batch_size \d+ .*8"):
-                steps_on(8, args, section, monkeypatch)
+                steps_on(8, args, section)
             (flag, total), = change.items()
             args = parsed(recipe, section, monkeypatch, f"--{flag}", str(total))
             assert f"{section}" in recipe.read_text() and f"--{flag} {total}" in recipe.read_text()
-        assert steps_on(processes, args, section, monkeypatch) * args.micro_batch_size * processes == total
+        assert steps_on(processes, args, section) * args.micro_batch_size * processes == total
 
 
 def free_port():
