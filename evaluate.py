@@ -413,7 +413,7 @@ def score_answers(model, sequences, args, pad_id):
     parts = []
     for start in tqdm(range(0, len(unique), args.batch_size), desc="values", mininterval=1, leave=False):
         ids, is_token, is_response = collate(unique[start:start + args.batch_size], pad_id, model.device)
-        hidden = model.base_model(input_ids=ids, attention_mask=is_token).last_hidden_state        # (B, T, hidden)
+        hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state
         q = head(hidden).squeeze(-1).float()                                                       # (B, T)
         if getattr(model.config, "critic", False):            # PPO's critic: V(s_t), before the token; what it says
             is_response = is_response & ~last_token(is_response)         # after EOS it never learned
@@ -481,8 +481,8 @@ class TokenLogp(torch.nn.Module):
         self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
         with torch.no_grad():
             ids = torch.tensor([[0, 1]], device=policy.device)
-            hidden = policy.base_model(input_ids=ids).last_hidden_state
-            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids).logits
+            hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids, use_cache=False).logits
             if not torch.allclose(logits, own, atol=1e-2, equal_nan=True):
                 fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
                      f"as in Gemma 2), which token_logp takes them for")

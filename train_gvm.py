@@ -348,7 +348,7 @@ def score_responses(model, sequences, batch_size, pad_id):
     for start in range(0, len(order), batch_size):
         ids, is_token, is_response = collate([sequences[row] for row in order[start:start + batch_size]], pad_id,
                                              model.device)
-        hidden = model.base_model(input_ids=ids, attention_mask=is_token).last_hidden_state        # (B, T, hidden)
+        hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state
         parts.append(response_scores(head(hidden).squeeze(-1), is_response))
     back = torch.tensor(order).argsort()
     return {name: torch.cat([part[name].cpu() for part in parts])[back] for name in parts[0]}

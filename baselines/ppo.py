@@ -363,8 +363,8 @@ class TokenLogp(torch.nn.Module):
         self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
         with torch.no_grad():
             ids = torch.tensor([[0, 1]], device=policy.device)
-            hidden = policy.base_model(input_ids=ids).last_hidden_state
-            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids).logits
+            hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids, use_cache=False).logits
             if not torch.allclose(logits, own, atol=1e-2, equal_nan=True):
                 fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
                      f"as in Gemma 2), which token_logp takes them for")

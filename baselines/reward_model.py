@@ -238,7 +238,7 @@ def sequence_scores(model, sequences, batch_size, pad_id):
     parts = []
     for start in range(0, len(order), batch_size):
         ids, is_token, _ = collate([sequences[row] for row in order[start:start + batch_size]], pad_id, model.device)
-        parts.append(model(input_ids=ids, attention_mask=is_token).logits.squeeze(-1).float().cpu())
+        parts.append(model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float().cpu())
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 

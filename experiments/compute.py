@@ -247,9 +247,9 @@ def table(result):
     s, methods = result["settings"], result["methods"]
     lines = [f"## {result['shape']}, {result['device']}", "",
              f"`python experiments/compute.py --shape {result['shape']}` with {s['batch_size']} rollouts a step, "
-             f"prompts of {s['prompt_length']} and answers of {s['response_length'] // 4} to {s['response_length']} tokens, "
-             f"mini-batches of {s['mini_batch_size']}, micro-batches of {s['micro_batch_size']}, {s['ppo_epochs']} "
-             f"epochs, rollouts {s['rollout']}{', gradient checkpointing' if s['gradient_checkpointing'] else ''}; "
+             f"prompts of {s['prompt_length']} and answers of {s['response_length'] // 4} to {s['response_length']} "
+             f"tokens, mini-batches of {s['mini_batch_size']}, micro-batches of {s['micro_batch_size']}, "
+             f"{s['ppo_epochs']} epochs, rollouts {s['rollout']}{', gradient checkpointing' if s['gradient_checkpointing'] else ''}; "
              f"{s['rounds']} rounds of {s['steps']} steps, medians; seed {s['seed']}, torch {result['torch']}, commit "
              f"{result['commit']}. Matrix product {result['matmul_flops'] / 1e12:.3g} TFLOP/s, copying "
              f"{result['bandwidth'] / 1e9:.3g} GB/s.", "",

@@ -7,10 +7,12 @@ import torch
 from conftest import read_lines
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import sft
 import train_dvpo
 import train_gvm
+from baselines import dpo, grpo, ppo, remax, reward_model
 
 RUN_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
              "args.json", "metrics.jsonl", "README.md"}
@@ -103,6 +105,31 @@ def test_dvpo_reads_k_from_the_gvm(gvm_args, dvpo_args, again, tmp_path, monkeyp
         tau = behind[:-len(sequence[0])]
         parts = {(*question, *answer) for other, (question, answer) in pool if other != prompt}
         assert any((*a, *b) == tuple(tau) for a in parts for b in parts if a != b)    # the batch's own other answers
+
+
+# ---- every script ----
+@pytest.mark.parametrize("script, fixture", [(sft, "sft_args"), (train_gvm, "gvm_args"), (train_dvpo, "dvpo_args"), (ppo, "ppo_args"),
+                                             (grpo, "grpo_args"), (remax, "remax_args"), (dpo, "dpo_args"),
+                                             (reward_model, "reward_model_args")], ids=lambda x: x if isinstance(x, str) else "")
+def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(script, fixture, request, again, tmp_path, monkeypatch):
+    """transformers passes over it where a model is in eval mode; rollouts must keep their key-value cache."""
+    args, calls, real = request.getfixturevalue(fixture), [], LlamaDecoderLayer.forward
+    changes = {"epochs": 1} if hasattr(args, "epochs") else {"steps": 2}
+
+    def forward(self, hidden_states, *rest, **kwargs):
+        calls.append((torch.is_grad_enabled(), kwargs.get("past_key_values") is not None))
+        return real(self, hidden_states, *rest, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    counts = []
+    for on in (False, True):
+        calls.clear()
+        script.main(again(args, output=str(tmp_path / f"run{on}"), gradient_checkpointing=on, **changes))
+        counts.append((sum(grad for grad, _ in calls), sum(cache for grad, cache in calls if not grad)))
+    assert counts[1][0] == 2 * counts[0][0] > 0                # with gradients: every layer twice
+    assert counts[1][1] == counts[0][1]                        # without: the cache as before
+    one, two = weights(tmp_path / "runFalse"), weights(tmp_path / "runTrue")
+    assert all(torch.allclose(one[name], two[name], atol=1e-6) for name in one)
 
 
 # ---- DVPO ----
