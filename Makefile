@@ -18,6 +18,7 @@ endif
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
 	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 12)"
+	@echo "make compute   time and memory of a step of each method, with a tiny model: about 3 minutes"
 	@echo "make test      ruff and the whole test suite"
 	@echo "make test-distributed  every script under DDP, ZeRO-1 to 3 and FSDP2 (two processes on CPU; about 20 minutes)"
 	@echo "make test-peers  losses and advantages against trl's and verl's own (installs them in .venv-peers)"
@@ -89,6 +90,10 @@ test: $(INSTALLED) $(ENGINES)
 test-distributed: $(INSTALLED) $(ENGINES)
 	$(PY) -m pytest -m distributed
 
+# Tables 6 and 7; on a GPU, larger shapes: python experiments/compute.py --help.
+compute: $(INSTALLED)
+	$(PY) experiments/compute.py --shape tiny
+
 # The formulas against trl's and verl's own, in an environment of its own.
 test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pytest --noconftest tests/check_peers.py
@@ -99,4 +104,4 @@ test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	@touch $@
 
-.PHONY: help demo stages compare test test-distributed test-peers
+.PHONY: help demo stages compare compute test test-distributed test-peers

@@ -76,7 +76,8 @@ def write_inputs(folder, shape):
 
 def set_up(script, args, device):
     """Replaces what a script reads, writes and samples; not what it computes."""
-    real = {name: getattr(script, name) for name in ("load", "rollout", "improve", "token_logp")}
+    real = {name: getattr(script, name) for name in (
+        "load", "rollout", "improve", "token_logp", "encode_prompt", "save_run")}
     rng = random.Random(args.seed)
 
     def load(auto_class, name, kind=None, dtype="float32", config=None):
@@ -249,10 +250,10 @@ def table(result):
              f"`python experiments/compute.py --shape {result['shape']}` with {s['batch_size']} rollouts a step, "
              f"prompts of {s['prompt_length']} and answers of {s['response_length'] // 4} to {s['response_length']} "
              f"tokens, mini-batches of {s['mini_batch_size']}, micro-batches of {s['micro_batch_size']}, "
-             f"{s['ppo_epochs']} epochs, rollouts {s['rollout']}{', gradient checkpointing' if s['gradient_checkpointing'] else ''}; "
-             f"{s['rounds']} rounds of {s['steps']} steps, medians; seed {s['seed']}, torch {result['torch']}, commit "
-             f"{result['commit']}. Matrix product {result['matmul_flops'] / 1e12:.3g} TFLOP/s, copying "
-             f"{result['bandwidth'] / 1e9:.3g} GB/s.", "",
+             f"{s['ppo_epochs']} epochs, rollouts {s['rollout']}, gradient checkpointing "
+             f"{s['gradient_checkpointing']}; {s['rounds']} rounds of {s['steps']} steps, medians; seed {s['seed']}, "
+             f"torch {result['torch']}, commit {result['commit']}. Matrix product "
+             f"{result['matmul_flops'] / 1e12:.3g} TFLOP/s, copying {result['bandwidth'] / 1e9:.3g} GB/s.", "",
              "| | generate, s | score, s | update, s | step, s | tokens/s | peak memory, GiB | utilisation, update | "
              "generation against its bound | time / PPO (paper, 3B) | memory / PPO (paper, 3B) |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]
