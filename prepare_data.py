@@ -54,7 +54,7 @@ class Question:
 
 def fail(message):
     """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {' '.join(message.splitlines())}")
 
 
 def parse_args(cls, argv):

@@ -66,7 +66,7 @@ class Args:
 
 def fail(message):
     """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {' '.join(message.splitlines())}")
 
 
 def parse_args(cls, argv):
@@ -131,9 +131,9 @@ def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
     bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
     """
     path = Path(data) / f"{split}.jsonl"
-    if path.is_file():
+    if os.path.isfile(path):                      # not path.is_file(): it raises on a name that is too long
         lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
-    elif Path(data).exists() or str(data).count("/") != 1:
+    elif os.path.exists(data) or str(data).count("/") != 1:
         fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
     else:
         import datasets
@@ -175,14 +175,15 @@ def encode_prompt(tokenizer, prompt):
                          for key in ("role", "content")} for message in messages]
     try:
         text = tokenizer.apply_chat_template(broken, add_generation_prompt=True, tokenize=False)
+        if not text.strip():
+            raise ValueError("it writes nothing")
+        if broken == messages:
+            return tokenizer(text, add_special_tokens=False).input_ids
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        return [i for part in re.split(f"({pattern})", text) for i in
+                ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
     except Exception as problem:                              # the template's own raise_exception, or a fault in it
-        reason = " ".join(str(problem).split())
-        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({reason})")
-    if broken == messages:
-        return tokenizer(text, add_special_tokens=False).input_ids
-    plain = {"add_special_tokens": False, "split_special_tokens": True}
-    return [i for part in re.split(f"({pattern})", text) for i in
-            ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
+        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({problem})")
 
 
 def encode_response(tokenizer, response):
@@ -242,8 +243,8 @@ def load(auto_class, name, kind=None, **kwargs):
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
     folder = Path(name)
-    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
-    if local and not any(folder.glob("*config.json")):
+    local = os.path.exists(name) or name.count("/") > 1 or (folder.parent != Path() and os.path.isdir(folder.parent))
+    if local and not (os.path.isdir(name) and any(folder.glob("*config.json"))):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
     safe = {"trust_remote_code": False}                       # no program that comes with a model is run
     try:
@@ -252,7 +253,10 @@ def load(auto_class, name, kind=None, **kwargs):
         if kind and is_value != (kind == "value"):
             fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
         if not kind:
-            return auto_class.from_pretrained(name, **safe, **kwargs)
+            found = auto_class.from_pretrained(name, **safe, **kwargs)
+            if auto_class is AutoTokenizer and found("a") and not found.eos_token:
+                raise ValueError("no eos_token: a model could not be taught to stop")
+            return found
         safe["use_safetensors"] = True                        # nor a pickle, which is one too
         model, report = auto_class.from_pretrained(name, output_loading_info=True, **safe, **kwargs)
     except Exception as problem:                              # transformers, safetensors and the hub have many kinds
@@ -260,7 +264,9 @@ def load(auto_class, name, kind=None, **kwargs):
         fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
     new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
-    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
+    missing += [key for key in report["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more do not fit its config.json: "
+                f"missing, or more than it wants") if missing else model
 
 
 def tracker(args):
@@ -278,12 +284,12 @@ def start_run(accelerator, args):
     if accelerator.is_main_process:
         folder = output.resolve()                             # --output may be a link
         replaced = folder.with_name(f".{folder.name}.replaced")
-        if output.exists() and not output.is_dir():
+        if os.path.exists(output) and not output.is_dir():
             fail(f"{output}: is a file. Choose another --output")
         for name in inputs:
             if hasattr(args, name) and Path(getattr(args, name)).resolve().is_relative_to(folder):
                 fail(f"{output}: holds --{name} {getattr(args, name)}, which this run reads. Choose another --output")
-        if output.exists() and any(output.iterdir()):
+        if os.path.exists(output) and any(output.iterdir()):
             if not (args.overwrite or args.resume):
                 fail(f"{output}: holds another run. Choose another --output, or pass --resume or --overwrite")
             if not (output / "args.json").is_file():
@@ -406,7 +412,7 @@ def load_checkpoint(accelerator, output):
                     if record.get("step", record.get("update")) <= step:
                         kept.append(line + b"\n")
                         seconds = float(record.get("seconds", seconds))
-                except (ValueError, TypeError, AttributeError, RecursionError) as problem:
+                except Exception as problem:
                     fail(f"{log}:{number}: not a line of a run's log ({problem}). Remove the line, then --resume again")
             unfinished = log.with_name(log.name + ".part")
             unfinished.write_bytes(b"".join(kept))
