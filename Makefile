@@ -17,6 +17,7 @@ help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
 	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 12)"
 	@echo "make test      ruff and the whole test suite"
+	@echo "make test-resume  kills all training scripts at random moments and resumes them; minutes (KILLS=100: more)"
 	@echo "make test-peers  losses and advantages against trl's and verl's own (installs them in .venv-peers)"
 	@echo "options        SEED=3 (every seed) | RUN=folder (default runs/atlas) | PYTHON=python3 VENV= (no new environment)"
 
@@ -77,6 +78,10 @@ test: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m pytest
 
+# FUZZ=5000 make test: so many damaged files, rather than some hundred.
+test-resume: $(INSTALLED)
+	$(PY) tests/kill_resume.py --kills $(or $(KILLS),25)
+
 # The formulas against trl's and verl's own, in an environment of its own.
 test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pytest --noconftest tests/check_peers.py
@@ -87,4 +92,4 @@ test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	@touch $@
 
-.PHONY: help demo stages compare test test-peers
+.PHONY: help demo stages compare test test-resume test-peers

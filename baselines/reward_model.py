@@ -296,7 +296,8 @@ def load(auto_class, name, kind=None, **kwargs):
         model, report = auto_class.from_pretrained(name, output_loading_info=True, **safe, **kwargs)
     except Exception as problem:                              # transformers, safetensors and the hub have many kinds
         reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+        pickled = ". Weights in .bin are programs too: save them as safetensors" if any(folder.glob("*.bin")) else ""
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason}){pickled}")
     new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
     missing += [key for key in report["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")]
@@ -347,18 +348,19 @@ def start_run(accelerator, args):
                 shutil.rmtree(replaced, ignore_errors=True)
                 with writing(output):
                     folder.rename(replaced)                   # and only deleted when this run has begun
-        with writing(output):
-            folder.mkdir(parents=True, exist_ok=True)
+        failed = f"{output} cannot be written"
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            failed = f"--log_with {args.log_with} does not start"               # wandb: not logged in, no network, ...
             accelerator.init_trackers("dvpo_logs", asdict(args), {"wandb": {"dir": str(output), "name": str(output)}})
-        except Exception as problem:                          # wandb: not logged in, no network, ...
-            if replaced.exists() and not args.resume:
-                shutil.rmtree(folder)
-                replaced.rename(folder)
-            fail(f"--log_with {args.log_with} does not start: {(str(problem) or repr(problem)).splitlines()[0]}")
-        with writing(output):
+            failed = f"{output} cannot be written"
             (output / "args.json.part").write_text(json.dumps(asdict(args), indent=2) + "\n")
             (output / "args.json.part").replace(output / "args.json")
+        except Exception as problem:
+            if replaced.exists() and not args.resume:
+                shutil.rmtree(folder, ignore_errors=True)
+                replaced.rename(folder)
+            fail(f"{failed}: {(str(problem) or repr(problem)).splitlines()[0]}")
         shutil.rmtree(replaced, ignore_errors=True)
     accelerator.wait_for_everyone()
     return output

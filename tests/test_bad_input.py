@@ -166,6 +166,15 @@ def test_a_finished_run_is_never_overwritten_silently(sft_args, sft_run, again, 
     sft.main(again(sft_args, epochs=1, overwrite=True))
 
 
+def test_an_output_that_is_a_link(sft_args, again, tmp_path):
+    """To a folder on a larger disk, say: the run goes where the link points, also with --overwrite."""
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    for changes in ({}, {"overwrite": True}, {"overwrite": True}):
+        sft.main(again(sft_args, epochs=1, **changes))
+        assert (tmp_path / "disk" / "model.safetensors").exists() and (tmp_path / "run").is_symlink()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["disk", "run"]
+
+
 def test_an_output_that_holds_an_input_is_refused_even_with_overwrite(sft_args, gvm_args, dvpo_args, again, sft_run, world):
     for script, args, output in ((train_gvm, gvm_args, sft_run), (train_dvpo, dvpo_args, Path(dvpo_args.gvm)),
                                  (sft, sft_args, world), (train_dvpo, dvpo_args, world / "data")):

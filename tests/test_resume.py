@@ -61,7 +61,11 @@ def test_killed_and_resumed_is_never_interrupted(name, request, again, tmp_path)
             script.main(again(args, **changes))
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_1", "step_2"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"seconds": ', '"seconds": 1000'))           # it took long
     script.main(again(args, resume=True, **changes))
+    seconds = [record["seconds"] for record in read_lines(metrics)]
+    assert seconds == sorted(seconds) and seconds[0] > 1000
     a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "run"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "run")
