@@ -47,15 +47,16 @@ def start(words):
     return subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def whole_run(name, world, output, every=1):
-    """Runs a script to its end. Returns the seconds from the start of the run folder to the end."""
-    process, began = start(command(name, world, output, every)), None
+def whole_run(name, world, output):
+    """Runs a script to its end. Returns the seconds from the start of the run folder to the end of its last file."""
+    process, began, ended = start(command(name, world, output, every=1)), None, None
     while process.poll() is None:
         began = began or ((output / "args.json").exists() and time.time())
+        ended = ended or ((output / "model.safetensors").exists() and time.time())
         time.sleep(0.005)
     if process.returncode:
         sys.exit(f"error: {name}: {process.stderr.read()}")
-    return time.time() - (began or time.time())
+    return ended - began
 
 
 def make_world(folder):
@@ -72,16 +73,12 @@ def make_world(folder):
         return seconds | dict(zip(others, pool.map(lambda name: whole_run(name, folder, folder / name), others)))
 
 
-def wait_for_moment(process, output, kind, rng, seconds):
+def wait_for_moment(process, output, kind, every, rng, seconds):
     """Sleeps until the moment of a kill has come, or the process has ended by itself."""
-    def is_there(pattern):
-        return any(output.glob(pattern))
-
-    begins = {"any": "args.json", "checkpoint": f"checkpoints/.step_{rng.randint(1, 11)}", "end": ".saving"}[kind]
-    most = {"any": seconds, "checkpoint": 0.03, "end": 0.06}[kind]
-    while process.poll() is None and not is_there(begins) and not (kind == "checkpoint" and is_there(".saving")):
+    begins = {"any": "args.json", "checkpoint": f"checkpoints/.step_{every * rng.randint(1, 4)}", "end": ".saving"}[kind]
+    while process.poll() is None and not (output / begins).exists():
         time.sleep(0.0005)
-    time.sleep(rng.uniform(0, most))
+    time.sleep(rng.uniform(0, {"any": seconds, "checkpoint": 0.03, "end": 0.03}[kind]))
 
 
 def logs(output):
@@ -105,7 +102,7 @@ def kill_and_resume(name, world, number, seed, seconds):
     kind, every, output = rng.choice(["any", "any", "checkpoint", "end"]), rng.choice([1, 1, 2]), world / "killed" / f"{name}_{number}"
     words = command(name, world, output, every)
     process = start(words)
-    wait_for_moment(process, output, kind, rng, seconds)
+    wait_for_moment(process, output, kind, every, rng, seconds)
     ended = process.poll() is not None
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -1,4 +1,5 @@
 """Bad input ends in one clear line that names the place and the remedy, with no run that looks finished."""
+import datetime
 import json
 import re
 import shutil
@@ -72,6 +73,13 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, capsys):
     fields = {"prompt": "prompt", "response": "text", "reward": "number"}
     assert train_gvm.read_rows(tmp_path, "scored", fields, "skip") == [GOOD]
     assert f"skipped {len(ROWS)} bad rows of {len(ROWS) + 1}" in capsys.readouterr().out
+
+
+def test_columns_of_a_hub_data_set_that_nobody_asked_for(monkeypatch):
+    import datasets
+    row = GOOD | {"written": datetime.date(2020, 1, 1), "picture": b"\xff"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [row])
+    assert sft.read_rows("org/name", "sft", {"prompt": "prompt", "response": "text"}) == [row]
 
 
 def test_a_pair_of_equal_answers_is_a_bad_row(tmp_path):
@@ -190,6 +198,7 @@ def test_recipes_and_flags(tmp_path, monkeypatch):
     args = sft.parse_args(sft.Args, [str(recipe), "--epochs", "5"])
     assert (args.lr, args.epochs, args.batch_size) == (2e-5, 5, sft.Args().batch_size)
     fails(lambda: sft.parse_args(sft.Args, ["--learning_rate", "1"]), "unrecognized arguments: --learning_rate")
+    fails(lambda: sft.parse_args(sft.Args, ["--epoch", "5"]), "unrecognized arguments: --epoch")      # and no guess
     fails(lambda: sft.parse_args(sft.Args, ["--epochs", "many"]), "--epochs: invalid int value")
     fails(lambda: sft.parse_args(sft.Args, [str(tmp_path / "none.yaml")]), "no such recipe")
     fails(lambda: train_gvm.parse_args(train_gvm.Args, ["--supervision", "guess"]), "invalid choice")

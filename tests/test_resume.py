@@ -176,10 +176,11 @@ def test_what_a_user_keeps_in_the_folder_stays(dvpo_args, again, tmp_path):
             train_dvpo.main(args)
     shutil.copytree(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "run" / "checkpoints" / "step_1_good")
     (tmp_path / "run" / "notes.jsonl").write_text('{"step": 9}')
+    (tmp_path / "run" / "checkpoints" / "step_²").mkdir()      # a digit to Python, but no number
     train_dvpo.main(again(args, resume=True))
     assert (tmp_path / "run" / "notes.jsonl").read_text() == '{"step": 9}'
     kept = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step_1_good", "step_2", "step_3"]
+    assert kept == ["step_1_good", "step_2", "step_3", "step_²"]
 
 
 def test_resume_wants_as_many_processes(dvpo_args, again, tmp_path):
