@@ -500,6 +500,8 @@ def load_checkpoint(accelerator, output):
             reason = (str(problem).strip() or repr(problem)).splitlines()[0]
             fail(f"{newest[0]}: no whole checkpoint of this run ({reason}). Remove it: --resume takes the one before")
     if accelerator.is_main_process:
+        for half in output.glob("checkpoints/.step_*"):       # what a kill, or a full disk, has left
+            shutil.rmtree(half)
         for log in (output / name for name in ("metrics.jsonl", "rollouts.jsonl") if (output / name).exists()):
             kept = []
             for number, line in enumerate(log.read_bytes().split(b"\n")[:-1], 1):  # what was cut off is no line

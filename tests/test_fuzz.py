@@ -20,7 +20,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_resume import Killed, kill_at
@@ -42,7 +42,7 @@ def cases(share):
         inner = test.hypothesis.inner_test
         test.hypothesis.inner_test = functools.wraps(inner)(lambda *args, **kwargs: (DONE.append(test), inner(*args, **kwargs))[1])
         return settings(max_examples=math.ceil(CASES * share / 100), derandomize=True, database=None, deadline=None,
-                        suppress_health_check=list(HealthCheck))(test)
+                        phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck))(test)
 
     return decorate
 

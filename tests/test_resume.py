@@ -194,6 +194,39 @@ def test_resume_wants_as_many_processes(dvpo_args, again, tmp_path):
     fails(lambda: train_dvpo.main(again(args, resume=True)), "checkpoints are of 2 processes")
 
 
+def test_half_a_checkpoint_leaves_nothing_behind(dvpo_args, again, tmp_path):
+    """Of a run of two processes, say, whose file of random numbers would make the next whole checkpoint one of two."""
+    args = again(dvpo_args, save_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(train_dvpo, patch, 1)
+        with pytest.raises(Killed):
+            train_dvpo.main(args)
+    half = tmp_path / "run" / "checkpoints" / ".step_1"
+    half.mkdir(parents=True)
+    (half / "random_states_1.pkl").write_bytes(b"half")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(train_dvpo, patch, 3)
+        with pytest.raises(Killed):
+            train_dvpo.main(again(args, resume=True))
+    assert not list((tmp_path / "run").rglob("random_states_1.pkl"))
+    train_dvpo.main(again(args, resume=True))
+
+
+def test_random_numbers_that_cannot_be_set_are_no_secret(dvpo_args, again, tmp_path):
+    """accelerate.load_state goes on with whatever random numbers there are."""
+    args = again(dvpo_args, save_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(train_dvpo, patch, 2)
+        with pytest.raises(Killed):
+            train_dvpo.main(args)
+    file = tmp_path / "run" / "checkpoints" / "step_1" / "random_states_0.pkl"
+    states = torch.load(file, weights_only=False)
+    torch.save(states | {"random_state": None}, file)
+    fails(lambda: train_dvpo.main(again(args, resume=True)), "step_1: no whole checkpoint.*its random numbers were not taken up")
+    torch.save(states, file)
+    train_dvpo.main(again(args, resume=True))
+
+
 def test_resume_refuses_what_is_another_run(sft_args, sft_run, again, tmp_path):
     fails(lambda: sft.main(again(sft_args, output=str(sft_run), resume=True)), "is finished")
     with pytest.MonkeyPatch.context() as patch:
