@@ -261,7 +261,7 @@ def load(auto_class, name, kind=None, **kwargs):
         model, report = auto_class.from_pretrained(name, output_loading_info=True, **safe, **kwargs)
     except Exception as problem:                              # transformers, safetensors and the hub have many kinds
         reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-        pickled = ". Weights in .bin are programs too: save them as safetensors" if any(folder.glob("*.bin")) else ""
+        pickled = ". Weights in .bin are programs too: save them as safetensors" * (local and any(folder.glob("*.bin")))
         fail(f"{name}: {auto_class.__name__} cannot load it ({reason}){pickled}")
     new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
@@ -322,7 +322,7 @@ def start_run(accelerator, args):
             (output / "args.json.part").write_text(json.dumps(asdict(args), indent=2) + "\n")
             (output / "args.json.part").replace(output / "args.json")
         except Exception as problem:
-            if replaced.exists() and not args.resume:
+            if os.path.exists(replaced) and not args.resume:
                 shutil.rmtree(folder, ignore_errors=True)
                 replaced.rename(folder)
             fail(f"{failed}: {(str(problem) or repr(problem)).splitlines()[0]}")

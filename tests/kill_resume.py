@@ -59,17 +59,19 @@ def whole_run(name, world, output):
     return ended - began
 
 
-def make_world(folder):
-    """Data and models that the scripts start from, and one whole run of each script: {name: its seconds}."""
+def make_world(folder, scripts):
+    """Data and models that the scripts start from, and a whole run of each: {script: its seconds}."""
     sys.path.insert(0, str(ROOT))
     import atlas
     atlas.write_base_model(folder / "base", seed=1, hidden_size=32, layers=1)
     atlas.write_data(folder / "data", seed=1)
     for file in (folder / "data").glob("*.jsonl"):
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:160]))
-    seconds = {name: whole_run(name, folder, folder / name) for name in ("sft", "reward_model", "gvm")}
+    first = [name for name in ("sft", "reward_model", "gvm")                   # what the others start from
+             if name in scripts or any(f"{{w}}/{name}" in PLANS[other][2] for other in scripts)]
+    seconds = {name: whole_run(name, folder, folder / name) for name in first}
     with ThreadPoolExecutor(2) as pool:
-        others = [name for name in PLANS if name not in seconds]
+        others = [name for name in scripts if name not in seconds]
         return seconds | dict(zip(others, pool.map(lambda name: whole_run(name, folder, folder / name), others)))
 
 
@@ -130,7 +132,7 @@ def main():
     share = args.kills / sum(PLANS[name][0] for name in args.scripts)
     world, began = Path(tempfile.mkdtemp(prefix="kill_resume_")), time.time()
     try:
-        seconds = make_world(world)
+        seconds = make_world(world, args.scripts)
         jobs = [(name, number) for name in args.scripts for number in range(max(1, round(share * PLANS[name][0])))]
         print(f"{'script':14}{'moment':12}{'killed at':38}after --resume", flush=True)
         different = 0

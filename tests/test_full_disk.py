@@ -132,20 +132,19 @@ def in_the_end(name):
     return accident
 
 
-@pytest.mark.parametrize("name", ["sft", "dvpo", "ppo", "gvm"])
-@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("name, file", [("sft", "model.safetensors"), ("sft", "optimizer.bin"), ("sft", "random_states_0.pkl"),
+                                        ("ppo", "optimizer.bin")])
 def test_no_room_for_a_checkpoint(whole, name, file, tmp_path):
     stopped_and_resumed(whole, name, tmp_path / "run", in_checkpoint(file), r"run/checkpoints/\.step_3")
 
 
-@pytest.mark.parametrize("name, file", [("sft", "metrics.jsonl"), ("dvpo", "metrics.jsonl"), ("dvpo", "rollouts.jsonl"),
-                                        ("reward_model", "metrics.jsonl"), ("dpo", "metrics.jsonl"), ("remax", "rollouts.jsonl")])
+@pytest.mark.parametrize("name, file", [("gvm", "metrics.jsonl"), ("dvpo", "metrics.jsonl"), ("dvpo", "rollouts.jsonl")])
 def test_no_room_for_the_log(whole, name, file, tmp_path):
     stopped_and_resumed(whole, name, tmp_path / "run", in_log(file), file)
 
 
-@pytest.mark.parametrize("name", ["sft", "dvpo", "ppo", "grpo"])
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "README.md"])
+@pytest.mark.parametrize("name, file", [("sft", "model.safetensors"), ("sft", "config.json"), ("dvpo", "README.md"),
+                                        ("ppo", "model.safetensors")])
 def test_no_room_for_the_model(whole, name, file, tmp_path):
     stopped_and_resumed(whole, name, tmp_path / "run", in_the_end(file), "run")
 
