@@ -617,7 +617,7 @@ def load(auto_class, name, kind=None, **kwargs):
         fail(f"{name}: {auto_class.__name__} cannot load it ({reason}){pickled}")
     new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
-    missing += [key for key in report["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    missing += [key for key in report["unexpected_keys"] if re.match(rf"{model.base_model_prefix}\..*weight$", key)]
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more do not fit its config.json: "
                 f"missing, or more than it wants") if missing else model
 
@@ -1216,7 +1216,7 @@ def ask_folder(args, jobs, record):
     jobs = sorted(jobs, key=lambda job: len(job[1][1]["content"]))             # little padding
     try:
         encode_prompt(tokenizer, jobs[0][1])
-    except Exception:                                         # a chat template without system prompts: in front, then
+    except SystemExit:                                        # a chat template without system prompts: in front, then
         jobs = [(identity, [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}])
                 for identity, (system, user) in jobs]
     for start in tqdm(range(0, len(jobs), args.batch_size), desc="judge"):

@@ -167,7 +167,7 @@ def load(auto_class, name, kind=None, **kwargs):
         fail(f"{name}: {auto_class.__name__} cannot load it ({reason}){pickled}")
     new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
-    missing += [key for key in report["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    missing += [key for key in report["unexpected_keys"] if re.match(rf"{model.base_model_prefix}\..*weight$", key)]
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more do not fit its config.json: "
                 f"missing, or more than it wants") if missing else model
 

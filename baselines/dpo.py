@@ -307,7 +307,7 @@ def load(auto_class, name, kind=None, **kwargs):
         fail(f"{name}: {auto_class.__name__} cannot load it ({reason}){pickled}")
     new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
-    missing += [key for key in report["unexpected_keys"] if key.startswith(f"{model.base_model_prefix}.")]
+    missing += [key for key in report["unexpected_keys"] if re.match(rf"{model.base_model_prefix}\..*weight$", key)]
     return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more do not fit its config.json: "
                 f"missing, or more than it wants") if missing else model
 
@@ -379,8 +379,9 @@ def writing(place):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as problem:                 # RuntimeError: torch.save's
-        fail(f"{place}: cannot be written ({str(problem).splitlines()[0]}). Mend that: then the same command with "
-             f"--resume goes on from the last checkpoint")
+        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+        fail(f"{place}: cannot be written ({reason}). Mend that: then the same command with --resume goes on from the "
+             f"last checkpoint")
 
 
 def checkpoints(output):
@@ -390,8 +391,8 @@ def checkpoints(output):
 
 
 def save_checkpoint(accelerator, output, step):
-    """Everything that the rest of the run depends on: weights, optimizer, scheduler, every process's random numbers.
-    (Which rows come next is a function of seed and step.) The newest two are kept."""
+    """Everything that the rest of the run depends on: weights, optimizer, every process's random numbers. (Which rows
+    come next is a function of seed and step, and so is a learning rate.) The newest two are kept."""
     unfinished = output / "checkpoints" / f".step_{step}"
     with writing(unfinished):
         accelerator.save_state(str(unfinished))                                # every process takes part
