@@ -21,6 +21,7 @@ help:
 	@echo "make compute   time and memory of a step of each method, with a tiny model: about 3 minutes"
 	@echo "make test      ruff and the whole test suite"
 	@echo "make test-distributed  every script under DDP, ZeRO-1 to 3 and FSDP2 (two processes on CPU; about 20 minutes)"
+	@echo "make test-resume  kills all training scripts at random moments and resumes them; minutes (KILLS=100: more)"
 	@echo "make test-peers  losses and advantages against trl's and verl's own (installs them in .venv-peers)"
 	@echo "options        SEED=3 (every seed) | RUN=folder (default runs/atlas) | PYTHON=python3 VENV= (no new environment)"
 
@@ -94,6 +95,10 @@ test-distributed: $(INSTALLED) $(ENGINES)
 compute: $(INSTALLED)
 	$(PY) experiments/compute.py --shape tiny
 
+# FUZZ=5000 make test: so many damaged files, rather than some hundred.
+test-resume: $(INSTALLED)
+	$(PY) tests/kill_resume.py --kills $(or $(KILLS),25)
+
 # The formulas against trl's and verl's own, in an environment of its own.
 test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pytest --noconftest tests/check_peers.py
@@ -104,4 +109,4 @@ test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	@touch $@
 
-.PHONY: help demo stages compare compute test test-distributed test-peers
+.PHONY: help demo stages compare compute test test-distributed test-resume test-peers

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 import textwrap
 import unicodedata
@@ -79,13 +80,13 @@ class CompareArgs:
 
 def fail(message):
     """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {' '.join(message.splitlines())}")
 
 
 def parse_args(cls, argv):
     """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
     (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
-    parser = HfArgumentParser(cls)
+    parser = HfArgumentParser(cls, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for flag in flags:
@@ -95,7 +96,7 @@ def parse_args(cls, argv):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
         try:
             settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        except (OSError, ValueError, yaml.YAMLError) as problem:
+        except Exception as problem:                          # a broken !!int or !!timestamp is no YAMLError
             fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
         if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
             fail(f"{recipe}: no such recipe, or no section {section!r} in it")
@@ -108,9 +109,25 @@ def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
 
     The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
+    A control token spelled out in a message ("<|im_end|>", typed by a user or left in scraped text) would end the turn.
+    It stays text, as in encode_response: a mark breaks it until the template's own control tokens are found.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern, mark = "|".join(map(re.escape, sorted(control, reverse=True))) or "(?!)", "\ufdd0"    # never a character
+    broken = [message | {key: re.sub(pattern, lambda found: found[0][0] + mark + found[0][1:], message[key])
+                         for key in ("role", "content")} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(broken, add_generation_prompt=True, tokenize=False)
+        if not text.strip():
+            raise ValueError("it writes nothing")
+        if broken == messages:
+            return tokenizer(text, add_special_tokens=False).input_ids
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        return [i for part in re.split(f"({pattern})", text) for i in
+                ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
+    except Exception as problem:                              # the template's own raise_exception, or a fault in it
+        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({problem})")
 
 
 def encode_response(tokenizer, response):
@@ -128,23 +145,31 @@ def load(auto_class, name, kind=None, **kwargs):
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
     folder = Path(name)
-    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
-    if local and not any(folder.glob("*config.json")):
+    local = os.path.exists(name) or name.count("/") > 1 or (folder.parent != Path() and os.path.isdir(folder.parent))
+    if local and not (os.path.isdir(name) and any(folder.glob("*config.json"))):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
+    safe = {"trust_remote_code": False}                       # no program that comes with a model is run
     try:
-        made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
+        made_as = (AutoConfig.from_pretrained(name, **safe).architectures or ["?"])[0] if kind else "?"
         is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
         if kind and is_value != (kind == "value"):
             fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
         if not kind:
-            return auto_class.from_pretrained(name, **kwargs)
-        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+            found = auto_class.from_pretrained(name, **safe, **kwargs)
+            if auto_class is AutoTokenizer and found("a") and not found.eos_token:
+                raise ValueError("no eos_token: a model could not be taught to stop")
+            return found
+        safe["use_safetensors"] = True                        # nor a pickle, which is one too
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **safe, **kwargs)
     except Exception as problem:                              # transformers, safetensors and the hub have many kinds
         reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+        pickled = ". Weights in .bin are programs too: save them as safetensors" * (local and any(folder.glob("*.bin")))
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason}){pickled}")
     new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
-    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
+    missing += [key for key in report["unexpected_keys"] if re.match(rf"{model.base_model_prefix}\..*weight$", key)]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more do not fit its config.json: "
+                f"missing, or more than it wants") if missing else model
 
 
 def load_judge(place):
@@ -442,7 +467,7 @@ def read_lines(path, *fields):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as problem:
+        except (ValueError, RecursionError) as problem:
             fail(f"{path}:{number}: invalid JSON ({problem}). Remove the line, or run the training again")
         if not isinstance(rows[-1], dict) or not rows[-1].keys() >= set(fields):
             fail(f"{path}:{number}: not a JSON object{' with ' * bool(fields)}{', '.join(fields)}. Remove the line, or "

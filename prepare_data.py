@@ -54,13 +54,13 @@ class Question:
 
 def fail(message):
     """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {' '.join(message.splitlines())}")
 
 
 def parse_args(cls, argv):
     """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
     (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
-    parser = HfArgumentParser(cls)
+    parser = HfArgumentParser(cls, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for flag in flags:
@@ -70,7 +70,7 @@ def parse_args(cls, argv):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
         try:
             settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        except (OSError, ValueError, yaml.YAMLError) as problem:
+        except Exception as problem:                          # a broken !!int or !!timestamp is no YAMLError
             fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
         if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
             fail(f"{recipe}: no such recipe, or no section {section!r} in it")

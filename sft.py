@@ -12,11 +12,13 @@ Masks    is_token (B, T) no padding; is_response (B, T) tokens that the answerer
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,6 +28,8 @@ import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import load as load_safely
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler
@@ -65,13 +69,13 @@ class Args:
 
 def fail(message):
     """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error: {' '.join(message.splitlines())}")
 
 
 def parse_args(cls, argv):
     """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
     (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
-    parser = HfArgumentParser(cls)
+    parser = HfArgumentParser(cls, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
     for flag in flags:
@@ -81,7 +85,7 @@ def parse_args(cls, argv):
         recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
         try:
             settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        except (OSError, ValueError, yaml.YAMLError) as problem:
+        except Exception as problem:                          # a broken !!int or !!timestamp is no YAMLError
             fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
         if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
             fail(f"{recipe}: no such recipe, or no section {section!r} in it")
@@ -130,9 +134,9 @@ def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
     bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
     """
     path = Path(data) / f"{split}.jsonl"
-    if path.is_file():
+    if os.path.isfile(path):                      # not path.is_file(): it raises on a name that is too long
         lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
-    elif Path(data).exists() or str(data).count("/") != 1:
+    elif os.path.exists(data) or str(data).count("/") != 1:
         fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
     else:
         import datasets
@@ -147,7 +151,7 @@ def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
             continue
         try:
             row = json.loads(line) if isinstance(line, bytes) else line
-            json.dumps(row, ensure_ascii=False).encode()                       # half a character (\\ud800) is no text
+            json.dumps(row, ensure_ascii=False, default=str).encode()          # half a character (\\ud800) is no text
             problem = row_problem(row, fields) or also(row)
         except (ValueError, OverflowError, RecursionError) as error:
             problem = f"invalid JSON ({error})"
@@ -164,9 +168,25 @@ def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
 
     The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
+    A control token spelled out in a message ("<|im_end|>", typed by a user or left in scraped text) would end the turn.
+    It stays text, as in encode_response: a mark breaks it until the template's own control tokens are found.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern, mark = "|".join(map(re.escape, sorted(control, reverse=True))) or "(?!)", "\ufdd0"    # never a character
+    broken = [message | {key: re.sub(pattern, lambda found: found[0][0] + mark + found[0][1:], message[key])
+                         for key in ("role", "content")} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(broken, add_generation_prompt=True, tokenize=False)
+        if not text.strip():
+            raise ValueError("it writes nothing")
+        if broken == messages:
+            return tokenizer(text, add_special_tokens=False).input_ids
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        return [i for part in re.split(f"({pattern})", text) for i in
+                ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
+    except Exception as problem:                              # the template's own raise_exception, or a fault in it
+        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({problem})")
 
 
 def encode_response(tokenizer, response):
@@ -291,23 +311,31 @@ def load(auto_class, name, kind=None, **kwargs):
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     transformers_logging.disable_progress_bar()
     folder = Path(name)
-    local = folder.exists() or name.count("/") > 1 or (folder.parent != Path() and folder.parent.is_dir())
-    if local and not any(folder.glob("*config.json")):
+    local = os.path.exists(name) or name.count("/") > 1 or (folder.parent != Path() and os.path.isdir(folder.parent))
+    if local and not (os.path.isdir(name) and any(folder.glob("*config.json"))):
         fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
+    safe = {"trust_remote_code": False}                       # no program that comes with a model is run
     try:
-        made_as = (AutoConfig.from_pretrained(name).architectures or ["?"])[0] if kind else "?"
+        made_as = (AutoConfig.from_pretrained(name, **safe).architectures or ["?"])[0] if kind else "?"
         is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
         if kind and is_value != (kind == "value"):
             fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
         if not kind:
-            return auto_class.from_pretrained(name, **kwargs)
-        model, report = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+            found = auto_class.from_pretrained(name, **safe, **kwargs)
+            if auto_class is AutoTokenizer and found("a") and not found.eos_token:
+                raise ValueError("no eos_token: a model could not be taught to stop")
+            return found
+        safe["use_safetensors"] = True                        # nor a pickle, which is one too
+        model, report = auto_class.from_pretrained(name, output_loading_info=True, **safe, **kwargs)
     except Exception as problem:                              # transformers, safetensors and the hub have many kinds
         reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-        fail(f"{name}: {auto_class.__name__} cannot load it ({reason})")
+        pickled = ". Weights in .bin are programs too: save them as safetensors" * (local and any(folder.glob("*.bin")))
+        fail(f"{name}: {auto_class.__name__} cannot load it ({reason}){pickled}")
     new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
     missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
-    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more are missing") if missing else model
+    missing += [key for key in report["unexpected_keys"] if re.match(rf"{model.base_model_prefix}\..*weight$", key)]
+    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more do not fit its config.json: "
+                f"missing, or more than it wants") if missing else model
 
 
 def tracker(args):
@@ -323,18 +351,23 @@ def start_run(accelerator, args):
     output, inputs = Path(args.output), ("model", "gvm", "reward_model", "data")
     free = ("output", "overwrite", "resume", "save_steps", "log_with")          # may differ when a run is resumed
     if accelerator.is_main_process:
-        if output.is_file():
+        folder = output.resolve()                             # --output may be a link
+        replaced = folder.with_name(f".{folder.name}.replaced")
+        if os.path.exists(output) and not output.is_dir():
             fail(f"{output}: is a file. Choose another --output")
         for name in inputs:
-            if hasattr(args, name) and Path(getattr(args, name)).resolve().is_relative_to(output.resolve()):
+            if hasattr(args, name) and Path(getattr(args, name)).resolve().is_relative_to(folder):
                 fail(f"{output}: holds --{name} {getattr(args, name)}, which this run reads. Choose another --output")
-        if output.exists() and any(output.iterdir()):
+        if os.path.exists(output) and any(output.iterdir()):
             if not (args.overwrite or args.resume):
                 fail(f"{output}: holds another run. Choose another --output, or pass --resume or --overwrite")
             if not (output / "args.json").is_file():
                 fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
             if args.resume:
-                was = json.loads((output / "args.json").read_text())
+                try:
+                    was = dict(json.loads((output / "args.json").read_text()))
+                except (ValueError, TypeError, RecursionError) as problem:
+                    fail(f"{output / 'args.json'}: not the settings of a run ({problem}). Choose another --output")
                 states = len(list(checkpoints(output)[-1].glob("random_states_*"))) if checkpoints(output) else 0
                 if states not in (0, accelerator.num_processes):
                     fail(f"{output}: its checkpoints are of {states} processes. Resume it with as many")
@@ -345,33 +378,56 @@ def start_run(accelerator, args):
                          ", so there is nothing to resume. Choose another --output")
             else:
                 print(f"{output}: replacing the run that was here")
-                shutil.rmtree(output)
-        output.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(replaced, ignore_errors=True)
+                with writing(output):
+                    folder.rename(replaced)                   # and only deleted when this run has begun
+        failed = f"{output} cannot be written"
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            failed = f"--log_with {args.log_with} does not start"               # wandb: not logged in, no network, ...
             accelerator.init_trackers("dvpo_logs", asdict(args), {"wandb": {"dir": str(output), "name": str(output)}})
-        except Exception as problem:                          # wandb: not logged in, no network, ...
-            fail(f"--log_with {args.log_with} does not start: {(str(problem) or repr(problem)).splitlines()[0]}")
-        (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            failed = f"{output} cannot be written"
+            (output / "args.json.part").write_text(json.dumps(asdict(args), indent=2) + "\n")
+            (output / "args.json.part").replace(output / "args.json")
+        except Exception as problem:
+            if os.path.exists(replaced) and not args.resume:
+                shutil.rmtree(folder, ignore_errors=True)
+                replaced.rename(folder)
+            fail(f"{failed}: {(str(problem) or repr(problem)).splitlines()[0]}")
+        shutil.rmtree(replaced, ignore_errors=True)
     accelerator.wait_for_everyone()
     return output
 
 
+@contextmanager
+def writing(place):
+    """A full disk, or a folder that cannot be written, ends in one clear line. What was saved before stays as it is."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as problem:                 # RuntimeError: torch.save's
+        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+        fail(f"{place}: cannot be written ({reason}). Mend that: then the same command with --resume goes on from the "
+             f"last checkpoint")
+
+
 def checkpoints(output):
     """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
-    found = [folder for folder in output.glob("checkpoints/step_*") if folder.name.removeprefix("step_").isdigit()]
+    found = [folder for folder in output.glob("checkpoints/step_*") if folder.name.removeprefix("step_").isdecimal()]
     return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def save_checkpoint(accelerator, output, step):
-    """Everything that the rest of the run depends on: weights, optimizer, scheduler, every process's random numbers.
-    (Which rows come next is a function of seed and step.) The newest two are kept."""
+    """Everything that the rest of the run depends on: weights, optimizer, every process's random numbers. (Which rows
+    come next is a function of seed and step, and so is a learning rate.) The newest two are kept."""
     unfinished = output / "checkpoints" / f".step_{step}"
-    accelerator.save_state(str(unfinished))                                    # every process takes part
+    with writing(unfinished):
+        accelerator.save_state(str(unfinished))                                # every process takes part
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        unfinished.rename(unfinished.with_name(f"step_{step}"))
+        with writing(unfinished):
+            unfinished.rename(unfinished.with_name(f"step_{step}"))
         for old in checkpoints(output)[:-2]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     accelerator.wait_for_everyone()
 
 
@@ -403,26 +459,45 @@ def save_if_due(accelerator, output, step, last, save_steps):
 
 
 def load_checkpoint(accelerator, output):
-    """Takes up the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0."""
-    newest = checkpoints(output)[-1:]
+    """Takes up the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0, and the
+    seconds that the run had taken, which only the main process knows."""
+    newest, seconds = checkpoints(output)[-1:], 0.0
     step = int(newest[0].name.removeprefix("step_")) if newest else 0
     if newest:
-        accelerator.load_state(str(newest[0]))
+        try:
+            accelerator.load_state(str(newest[0]))
+            # It passes over random numbers that it cannot read, or set, without a word.
+            saved = load_safely(newest[0] / f"random_states_{accelerator.process_index}.pkl")
+            ours = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            if not all(map(torch.equal, ours, [saved["torch_manual_seed"], *saved.get("torch_cuda_manual_seed", [])])):
+                raise ValueError("its random numbers were not taken up")
+        except Exception as problem:                          # a file is missing, cut off, or of another run; a pickle
+            reason = (str(problem).strip() or repr(problem)).splitlines()[0]
+            fail(f"{newest[0]}: no whole checkpoint of this run ({reason}). Remove it: --resume takes the one before")
     if accelerator.is_main_process:
+        for half in output.glob("checkpoints/.step_*"):       # what a kill, or a full disk, has left
+            shutil.rmtree(half)
         for log in (output / name for name in ("metrics.jsonl", "rollouts.jsonl") if (output / name).exists()):
-            lines = log.read_text(encoding="utf-8").split("\n")[:-1]           # a line that was cut off is no line
-            kept = [line for line in lines if json.loads(line).get("step", json.loads(line).get("update")) <= step]
+            kept = []
+            for number, line in enumerate(log.read_bytes().split(b"\n")[:-1], 1):  # what was cut off is no line
+                try:
+                    record = json.loads(line)
+                    if record.get("step", record.get("update")) <= step:
+                        kept.append(line + b"\n")
+                        seconds = float(record.get("seconds", seconds))
+                except Exception as problem:
+                    fail(f"{log}:{number}: not a line of a run's log ({problem}). Remove the line, then --resume again")
             unfinished = log.with_name(log.name + ".part")
-            unfinished.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            unfinished.write_bytes(b"".join(kept))
             unfinished.replace(log)
         print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
     accelerator.wait_for_everyone()
-    return step
+    return step, seconds
 
 
 def write_lines(path, records):
     """Appends JSON lines: metrics.jsonl, rollouts.jsonl."""
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -454,13 +529,14 @@ def save_run(accelerator, model, tokenizer, output, about, numbers, part=""):
     if accelerator.is_main_process:
         model, prefix = accelerator.unwrap_model(model).get_submodule(part), part and part + "."
         state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
-        model.save_pretrained(saving, state_dict={name: state[name] for name in state
-                                                  if name not in model.all_tied_weights_keys})
-        tokenizer.save_pretrained(saving)
-        (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
-        for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
-            os.replace(file, Path(output) / file.name)
-        saving.rmdir()
+        state = {name: state[name] for name in state if name not in model.all_tied_weights_keys}
+        with writing(output):
+            model.save_pretrained(saving, state_dict=state)
+            tokenizer.save_pretrained(saving)
+            (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
+            for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
+                os.replace(file, Path(output) / file.name)
+            saving.rmdir()
     accelerator.wait_for_everyone()
 
 
@@ -516,8 +592,9 @@ def main(args):
     scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
     model, optimizer = accelerator.prepare(TokenLogp(model).train(), optimizer)
 
-    accelerator.register_for_checkpointing(scheduler)
-    first = load_checkpoint(accelerator, output) if args.resume else 0
+    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
+    # The rate is a function of the update. A scheduler's own state would be read as an unchecked pickle.
+    started, scheduler.last_epoch = started - seconds, first
     progress = tqdm(total=len(updates), initial=first, desc="sft", mininterval=1,
                     disable=not accelerator.is_main_process)
     for update, batch in enumerate(updates[first:], first + 1):

@@ -1,4 +1,5 @@
 """Bad input ends in one clear line that names the place and the remedy, with no run that looks finished."""
+import datetime
 import json
 import re
 import shutil
@@ -72,6 +73,13 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path, capsys):
     fields = {"prompt": "prompt", "response": "text", "reward": "number"}
     assert train_gvm.read_rows(tmp_path, "scored", fields, "skip") == [GOOD]
     assert f"skipped {len(ROWS)} bad rows of {len(ROWS) + 1}" in capsys.readouterr().out
+
+
+def test_columns_of_a_hub_data_set_that_nobody_asked_for(monkeypatch):
+    import datasets
+    row = GOOD | {"written": datetime.date(2020, 1, 1), "picture": b"\xff"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: [row])
+    assert sft.read_rows("org/name", "sft", {"prompt": "prompt", "response": "text"}) == [row]
 
 
 def test_a_pair_of_equal_answers_is_a_bad_row(tmp_path):
@@ -166,6 +174,15 @@ def test_a_finished_run_is_never_overwritten_silently(sft_args, sft_run, again, 
     sft.main(again(sft_args, epochs=1, overwrite=True))
 
 
+def test_an_output_that_is_a_link(sft_args, again, tmp_path):
+    """To a folder on a larger disk, say: the run goes where the link points, also with --overwrite."""
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    for changes in ({}, {"overwrite": True}, {"overwrite": True}):
+        sft.main(again(sft_args, epochs=1, **changes))
+        assert (tmp_path / "disk" / "model.safetensors").exists() and (tmp_path / "run").is_symlink()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["disk", "run"]
+
+
 def test_an_output_that_holds_an_input_is_refused_even_with_overwrite(sft_args, gvm_args, dvpo_args, again, sft_run, world):
     for script, args, output in ((train_gvm, gvm_args, sft_run), (train_dvpo, dvpo_args, Path(dvpo_args.gvm)),
                                  (sft, sft_args, world), (train_dvpo, dvpo_args, world / "data")):
@@ -181,6 +198,7 @@ def test_recipes_and_flags(tmp_path, monkeypatch):
     args = sft.parse_args(sft.Args, [str(recipe), "--epochs", "5"])
     assert (args.lr, args.epochs, args.batch_size) == (2e-5, 5, sft.Args().batch_size)
     fails(lambda: sft.parse_args(sft.Args, ["--learning_rate", "1"]), "unrecognized arguments: --learning_rate")
+    fails(lambda: sft.parse_args(sft.Args, ["--epoch", "5"]), "unrecognized arguments: --epoch")      # and no guess
     fails(lambda: sft.parse_args(sft.Args, ["--epochs", "many"]), "--epochs: invalid int value")
     fails(lambda: sft.parse_args(sft.Args, [str(tmp_path / "none.yaml")]), "no such recipe")
     fails(lambda: train_gvm.parse_args(train_gvm.Args, ["--supervision", "guess"]), "invalid choice")

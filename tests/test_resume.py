@@ -61,7 +61,11 @@ def test_killed_and_resumed_is_never_interrupted(name, request, again, tmp_path)
             script.main(again(args, **changes))
     assert not (tmp_path / "run" / "model.safetensors").exists()
     assert sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()) == ["step_1", "step_2"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"seconds": ', '"seconds": 1000'))           # it took long
     script.main(again(args, resume=True, **changes))
+    seconds = [record["seconds"] for record in read_lines(metrics)]
+    assert seconds == sorted(seconds) and seconds[0] > 1000
     a, b = (load_file(tmp_path / folder / "model.safetensors") for folder in ("whole", "run"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert without_times(tmp_path / "whole") == without_times(tmp_path / "run")
@@ -172,10 +176,11 @@ def test_what_a_user_keeps_in_the_folder_stays(dvpo_args, again, tmp_path):
             train_dvpo.main(args)
     shutil.copytree(tmp_path / "run" / "checkpoints" / "step_1", tmp_path / "run" / "checkpoints" / "step_1_good")
     (tmp_path / "run" / "notes.jsonl").write_text('{"step": 9}')
+    (tmp_path / "run" / "checkpoints" / "step_²").mkdir()      # a digit to Python, but no number
     train_dvpo.main(again(args, resume=True))
     assert (tmp_path / "run" / "notes.jsonl").read_text() == '{"step": 9}'
     kept = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir())
-    assert kept == ["step_1_good", "step_2", "step_3"]
+    assert kept == ["step_1_good", "step_2", "step_3", "step_²"]
 
 
 def test_resume_wants_as_many_processes(dvpo_args, again, tmp_path):
@@ -187,6 +192,39 @@ def test_resume_wants_as_many_processes(dvpo_args, again, tmp_path):
     newest = tmp_path / "run" / "checkpoints" / "step_1"
     shutil.copy(newest / "random_states_0.pkl", newest / "random_states_1.pkl")
     fails(lambda: train_dvpo.main(again(args, resume=True)), "checkpoints are of 2 processes")
+
+
+def test_half_a_checkpoint_leaves_nothing_behind(dvpo_args, again, tmp_path):
+    """Of a run of two processes, say, whose file of random numbers would make the next whole checkpoint one of two."""
+    args = again(dvpo_args, save_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(train_dvpo, patch, 1)
+        with pytest.raises(Killed):
+            train_dvpo.main(args)
+    half = tmp_path / "run" / "checkpoints" / ".step_1"
+    half.mkdir(parents=True)
+    (half / "random_states_1.pkl").write_bytes(b"half")
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(train_dvpo, patch, 3)
+        with pytest.raises(Killed):
+            train_dvpo.main(again(args, resume=True))
+    assert not list((tmp_path / "run").rglob("random_states_1.pkl"))
+    train_dvpo.main(again(args, resume=True))
+
+
+def test_random_numbers_that_cannot_be_set_are_no_secret(dvpo_args, again, tmp_path):
+    """accelerate.load_state goes on with whatever random numbers there are."""
+    args = again(dvpo_args, save_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(train_dvpo, patch, 2)
+        with pytest.raises(Killed):
+            train_dvpo.main(args)
+    file = tmp_path / "run" / "checkpoints" / "step_1" / "random_states_0.pkl"
+    states = torch.load(file, weights_only=False)
+    torch.save(states | {"random_state": None}, file)
+    fails(lambda: train_dvpo.main(again(args, resume=True)), "step_1: no whole checkpoint.*its random numbers were not taken up")
+    torch.save(states, file)
+    train_dvpo.main(again(args, resume=True))
 
 
 def test_resume_refuses_what_is_another_run(sft_args, sft_run, again, tmp_path):

@@ -2,6 +2,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +203,23 @@ def test_a_tracker_that_does_not_start(sft_args, again, trackers, tmp_path, monk
         fails(lambda: sft.main(again(sft_args, log_with="wandb")), "--log_with wandb does not start: No API key.*log in.$")
     sft.main(again(sft_args, log_with="wandb"))
     assert trackers[0].finished and (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_tracker_that_does_not_start_deletes_nothing(sft_args, sft_run, again, trackers, tmp_path, monkeypatch):
+    """The run that was to be replaced is still there, whole."""
+    shutil.copytree(sft_run, tmp_path / "run")
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+
+    def start(self):
+        (self.folder / "wandb").mkdir()
+        raise RuntimeError("No API key configured")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerate.tracking.LOGGER_TYPE_TO_CLASS["wandb"], "start", start)
+        fails(lambda: sft.main(again(sft_args, log_with="wandb", overwrite=True)), "--log_with wandb does not start: No API key")
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    sft.main(again(sft_args, log_with="wandb", overwrite=True, epochs=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and trackers[0].finished
 
 
 def test_a_run_is_resumed_with_another_tracker(sft_args, again, trackers, tmp_path):
