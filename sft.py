@@ -507,7 +507,11 @@ def model_card(accelerator, model, output, about, numbers):
     auto = "AutoModelFor" + next((kind for kind in kinds if type(model).__name__.endswith(kind)), "CausalLM")
     base_model = "" if Path(source).exists() else f"base_model: {source}\n"    # the hub knows nothing of our folders
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    launch = f"accelerate launch --num_processes {processes} --mixed_precision {precision}"
+    engine = "fsdp2" if accelerator.is_fsdp2 else ""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = f"zero{accelerator.deepspeed_plugin.zero_stage}"
+    launch = "accelerate launch " + f"--config_file recipes/accelerate_{engine}.yaml " * bool(engine)
+    launch += f"--num_processes {processes} --mixed_precision {precision}"
     command = f"{'python' if (processes, precision) == (1, 'no') else launch} {shlex.join(sys.argv)}"
     table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
     return (f"---\nlibrary_name: transformers\ntags: [dvpo, {Path(__file__).stem}]\n{base_model}---\n{about}\n\n"
@@ -587,6 +591,7 @@ def main(args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    lengths = torch.tensor([sum(map(len, sequence)) for sequence in data])
     updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
     # The scheduler is stepped by hand: a prepared one would take `num_processes` steps an update.
     scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
@@ -600,6 +605,7 @@ def main(args):
     for update, batch in enumerate(updates[first:], first + 1):
         tokens = sum(len(data[row][1]) for row in batch)                       # response tokens of the whole update
         mine = batch[accelerator.process_index::accelerator.num_processes]
+        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
         loss_of_update = torch.zeros((), device=accelerator.device)
         for micro in mine.split(args.micro_batch_size):
             ids, is_token, is_response = collate([data[row] for row in micro], tokenizer.pad_token_id,

@@ -288,10 +288,11 @@ def pool_by_policy(trajectories):
     return pool
 
 
-def with_taus(trajectories, pool, args, seed):
-    """The sequences of some trajectories, each behind its tau of the same policy; another draw for another seed."""
+def with_taus(trajectories, pool, args, seeds):
+    """The sequences of some trajectories, each behind its tau of the same policy, drawn by its own seed: the draws must
+    not depend on which process or micro-batch a row falls to."""
     return [with_tau(t.prompt, t.sequence, pool[t.policy], args.tau_pairs, args.max_length,
-                     random.Random(f"{seed} {row}")) for row, t in enumerate(trajectories)]
+                     random.Random(str(seed))) for t, seed in zip(trajectories, seeds, strict=True)]
 
 
 # ---- 3. Loss: Eq. (1) ----
@@ -386,9 +387,9 @@ def value_head(model):
 def evaluate(model, pairs, args, tokenizer):
     """Held-out pair accuracy by every aggregate of Table 8: {"mean": ..., "last": ..., "p1": ..., ...}.
 
-    pairs  [chosen, rejected, chosen, rejected, ...] as Trajectories. The same tau every time: seed 0.
+    pairs  [chosen, rejected, chosen, rejected, ...] as Trajectories. The same tau every time.
     """
-    sequences = with_taus(pairs, pool_by_policy(pairs), args, seed=0)
+    sequences = with_taus(pairs, pool_by_policy(pairs), args, range(len(pairs)))
     scores = score_responses(model, sequences, args.micro_batch_size, tokenizer.pad_token_id)
     return {name: pair_accuracy(score[0::2], score[1::2]) for name, score in scores.items()}
 
@@ -672,7 +673,11 @@ def model_card(accelerator, model, output, about, numbers):
     auto = "AutoModelFor" + next((kind for kind in kinds if type(model).__name__.endswith(kind)), "CausalLM")
     base_model = "" if Path(source).exists() else f"base_model: {source}\n"    # the hub knows nothing of our folders
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    launch = f"accelerate launch --num_processes {processes} --mixed_precision {precision}"
+    engine = "fsdp2" if accelerator.is_fsdp2 else ""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = f"zero{accelerator.deepspeed_plugin.zero_stage}"
+    launch = "accelerate launch " + f"--config_file recipes/accelerate_{engine}.yaml " * bool(engine)
+    launch += f"--num_processes {processes} --mixed_precision {precision}"
     command = f"{'python' if (processes, precision) == (1, 'no') else launch} {shlex.join(sys.argv)}"
     table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
     return (f"---\nlibrary_name: transformers\ntags: [dvpo, {Path(__file__).stem}]\n{base_model}---\n{about}\n\n"
@@ -770,10 +775,11 @@ def main(args):
     for parameter in value_head(model).parameters():
         torch.nn.init.zeros_(parameter)                                # Q = 0 everywhere: no opinion before the data
     pool = pool_by_policy(data)
-    with_taus(pairs, pool_by_policy(pairs), args, seed=0)              # too few pairs for tau? Better now than later
+    with_taus(pairs, pool_by_policy(pairs), args, range(len(pairs)))   # too few pairs for tau? Better now than later
     output = start_run(accelerator, args)
     model.eval()                                                       # dropout off; gradients flow all the same
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    lengths = torch.tensor([sum(map(len, trajectory.sequence)) for trajectory in data])
     updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
     scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
     if args.gradient_checkpointing:
@@ -789,9 +795,11 @@ def main(args):
     for update, batch in enumerate(updates[first:], first + 1):
         tokens = sum(len(data[row].sequence[1]) + 1 for row in batch)          # value positions of the whole update
         mine = batch[accelerator.process_index::accelerator.num_processes]
+        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
         loss_of_update = torch.zeros((), device=accelerator.device)
         for micro in mine.split(args.micro_batch_size):
-            sequences = with_taus([data[row] for row in micro], pool, args, f"{args.seed} {update} {micro[0]}")
+            seeds = [f"{args.seed} {update} {row}" for row in micro]
+            sequences = with_taus([data[row] for row in micro], pool, args, seeds)
             ids, is_token, is_response = collate(sequences, tokenizer.pad_token_id, accelerator.device)
             reward = last_token(is_response) * rewards[micro, None].to(accelerator.device)             # (B, T): r_t
             is_value = value_positions(is_response)

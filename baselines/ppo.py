@@ -784,7 +784,11 @@ def model_card(accelerator, model, output, about, numbers):
     auto = "AutoModelFor" + next((kind for kind in kinds if type(model).__name__.endswith(kind)), "CausalLM")
     base_model = "" if Path(source).exists() else f"base_model: {source}\n"    # the hub knows nothing of our folders
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    launch = f"accelerate launch --num_processes {processes} --mixed_precision {precision}"
+    engine = "fsdp2" if accelerator.is_fsdp2 else ""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = f"zero{accelerator.deepspeed_plugin.zero_stage}"
+    launch = "accelerate launch " + f"--config_file recipes/accelerate_{engine}.yaml " * bool(engine)
+    launch += f"--num_processes {processes} --mixed_precision {precision}"
     command = f"{'python' if (processes, precision) == (1, 'no') else launch} {shlex.join(sys.argv)}"
     table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
     return (f"---\nlibrary_name: transformers\ntags: [dvpo, {Path(__file__).stem}]\n{base_model}---\n{about}\n\n"

@@ -550,7 +550,11 @@ def model_card(accelerator, model, output, about, numbers):
     auto = "AutoModelFor" + next((kind for kind in kinds if type(model).__name__.endswith(kind)), "CausalLM")
     base_model = "" if Path(source).exists() else f"base_model: {source}\n"    # the hub knows nothing of our folders
     processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    launch = f"accelerate launch --num_processes {processes} --mixed_precision {precision}"
+    engine = "fsdp2" if accelerator.is_fsdp2 else ""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        engine = f"zero{accelerator.deepspeed_plugin.zero_stage}"
+    launch = "accelerate launch " + f"--config_file recipes/accelerate_{engine}.yaml " * bool(engine)
+    launch += f"--num_processes {processes} --mixed_precision {precision}"
     command = f"{'python' if (processes, precision) == (1, 'no') else launch} {shlex.join(sys.argv)}"
     table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
     return (f"---\nlibrary_name: transformers\ntags: [dvpo, {Path(__file__).stem}]\n{base_model}---\n{about}\n\n"
@@ -641,6 +645,7 @@ def main(args):
     output = start_run(accelerator, args)
     model.eval()                                                       # dropout off; gradients flow all the same
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    lengths = torch.tensor([sum(map(len, sequence)) for sequence in data]).view(n, 2).amax(1)
     updates = update_order(n, args.batch_size, args.epochs, args.seed)
     scheduler = get_scheduler("linear", optimizer, min(args.warmup_steps, len(updates)), len(updates))
     if args.gradient_checkpointing:
@@ -655,6 +660,7 @@ def main(args):
                     disable=not accelerator.is_main_process)
     for update, batch in enumerate(updates[first:], first + 1):
         mine = batch[accelerator.process_index::accelerator.num_processes]
+        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
         totals = torch.zeros(2, device=accelerator.device)                     # loss, pairs ranked rightly
         for micro in mine.split(args.micro_batch_size):
             sequences = [data[2 * row + side] for row in micro for side in (0, 1)]

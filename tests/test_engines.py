@@ -114,6 +114,8 @@ SHORT = {(script, "ddp") for script in RUNS} | {("train_gvm.py", "zero3"), ("tra
 def test_two_processes_make_the_updates_of_one(script, engine, request, one_process, tmp_path):
     """Losses, KL, gradient norms, held-out accuracies, final weights: within 1e-5."""
     launch(engine, script, flags_of(script, request, tmp_path / "two"), tmp_path)
+    recipe = "" if engine == "ddp" else f"--config_file recipes/accelerate_{engine}.yaml "
+    assert f"accelerate launch {recipe}--num_processes 2 --mixed_precision no " in (tmp_path / "two" / "README.md").read_text()
     deepspeed_ppo = script == "baselines/ppo.py" and engine.startswith("zero")       # knows the norm of both models only
     assert_same(one_process(script), tmp_path / "two", ("grad_norm", "critic_grad_norm") if deepspeed_ppo else ())
 
@@ -123,7 +125,7 @@ def test_two_processes_make_the_updates_of_one(script, engine, request, one_proc
 @pytest.mark.parametrize("script, more", [
     ("train_dvpo.py", ("--target_kl", "1e-4", "--ppo_epochs", "3")), ("train_dvpo.py", ("--gradient_checkpointing", "true")),
     ("train_dvpo.py", ("--truncated", "mask")), ("baselines/ppo.py", ("--gradient_checkpointing", "true")),
-    ("train_gvm.py", ("--gradient_checkpointing", "true"))])
+    ("train_gvm.py", ("--gradient_checkpointing", "true", "--tau_pairs", "1"))])
 def test_options_under_every_engine(script, more, engine, request, one_process, tmp_path):
     """An update that is not made (target KL), layers that run twice, rows without a token to learn from."""
     if engine.startswith("zero") and not DEEPSPEED:

@@ -244,7 +244,7 @@ def test_tau_has_the_same_policy_and_another_prompt():
     for row in range(40):
         for seed in range(5):
             args = train_gvm.Args(tau_pairs=2, max_length=100)
-            (prompt, response), = train_gvm.with_taus([trajectories[row]], train_gvm.pool_by_policy(trajectories), args, seed)
+            (prompt, response), = train_gvm.with_taus([trajectories[row]], train_gvm.pool_by_policy(trajectories), args, [seed])
             assert response == [200 + row, 1] and prompt[-1] == 100 + row and len(prompt) == 7
             for question, answer in ((prompt[0], prompt[1]), (prompt[3], prompt[4])):
                 other = question - 100
