@@ -77,7 +77,7 @@ def write_inputs(folder, shape):
 def set_up(script, args, device):
     """Replaces what a script reads, writes and samples; not what it computes."""
     real = {name: getattr(script, name) for name in (
-        "load", "rollout", "improve", "token_logp", "encode_prompt", "save_run")}
+        "load", "rollout", "score_rollouts", "improve", "token_logp", "encode_prompt", "save_run")}
     rng = random.Random(args.seed)
 
     def load(auto_class, name, kind=None, dtype="float32", config=None):
@@ -93,7 +93,17 @@ def set_up(script, args, device):
         ends = [rng.randrange(max_response_length // 4, max_response_length) for _ in rows]
         return [[*row[:end], tokenizer.eos_token_id] for row, end in zip(rows, ends)]
 
+    def finished(function):
+        """The function, which returns when the GPU has done its work, too: so that each part has its own time."""
+        def call(*rest):
+            result = function(*rest)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            return result
+        return call
+
     script.load, script.rollout = load, rollout
+    script.score_rollouts, script.improve = finished(real["score_rollouts"]), finished(real["improve"])
     script.encode_prompt = lambda tokenizer, prompt: [rng.randrange(10, 1000) for _ in range(args.prompt_length)]
     script.save_run = lambda *rest: None
     return real
@@ -119,7 +129,7 @@ def turn(method, args, folder, device):
     script = importlib.import_module(METHODS[method])
     real = set_up(script, args, device)
     if method == "DVPO, naive":
-        script.token_logp, script.improve = full_logits_logp, padded_improve(real["improve"])
+        script.token_logp, script.improve = full_logits_logp, padded_improve(script.improve)
     settings = dict(model=str(folder / "model"), data=str(folder / "data"), output=str(folder / "run"), overwrite=True,
                     max_prompt_length=args.prompt_length, max_response_length=args.response_length, lr=1e-6,
                     steps=args.steps + 1, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size,
