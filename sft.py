@@ -8,6 +8,8 @@ target tokens rather than the full input sequence."
 
 Shapes   B rows, T tokens of the longest row, V vocabulary. Rows are [prompt | response | padding].
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the answerer wrote, y^1..y^T, EOS included.
+
+The method is in sections 3 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
 """
 import json
 import math

@@ -10,6 +10,8 @@ and Q, and the policy is updated.
 Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | padding].
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
 Where    logp[b, t], q[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t), Q(tau, s_t, a_t).
+
+The method is in sections 3, 4 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
 """
 import copy
 import json

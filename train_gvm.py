@@ -10,6 +10,8 @@ Shapes   B rows, T tokens of the longest row. Rows are [tau | prompt | response 
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the behaviour policy wrote, y^1..y^T, EOS included.
 Where    q[b, t] is read *at* the position of token a_t = y^t: there the model has seen s_t = [x, y^{<t}] and a_t.
          One position earlier it has seen s_t only: that is V(s_t), which the authors' released code uses instead.
+
+The method is in sections 3, 4 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
 """
 import json
 import math

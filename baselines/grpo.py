@@ -13,6 +13,8 @@ Where    logp[b, t] belongs to the token at position t: log pi(a_t | s_t). Advan
 
 Why is the loss about 0 at first? The advantages of a group sum to 0, and the ratio is 1 before the first update: the
 value of the loss says nothing then, its gradient does.
+
+The method is in sections 3, 4 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
 """
 import copy
 import json

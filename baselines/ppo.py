@@ -9,6 +9,8 @@ the reward model's pass, and the critic with its optimizer, its loss and its ret
 Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | padding].
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
 Where    logp[b, t], value[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t), V(s_t).
+
+The method is in sections 3, 4 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
 """
 import copy
 import json

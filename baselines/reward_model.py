@@ -9,6 +9,8 @@ stock AutoModelForSequenceClassification: a linear layer reads one number at the
 Shapes   B pairs, so 2B rows: chosen, rejected, chosen, rejected, ... T tokens of the longest row.
          Rows are [prompt | response | padding].
 Masks    is_token (2B, T) no padding; is_response (2B, T) tokens of the answer, EOS included.
+
+The method is in sections 3, 4 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
 """
 import json
 import math
