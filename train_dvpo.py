@@ -850,8 +850,8 @@ def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
         optimizer.step()                                                       # of a whole mini-batch: else a no-op
         optimizer.zero_grad()
     means = dict(zip(("loss", "approx_kl", "clip_fraction"), torch.tensor(history).mean(0).tolist()))
-    return means | {"approx_kl": history[-1][1], "grad_norm": sum(norms) / len(norms), "ratio_error": ratio_error,
-                    "updates": len(norms)}
+    return means | {"approx_kl": history[-1][1], "grad_norm": sum(norms) / max(len(norms), 1),
+                    "ratio_error": ratio_error, "updates": len(norms)}
 
 
 def accumulation_steps(args, processes):

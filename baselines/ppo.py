@@ -907,7 +907,7 @@ def improve(accelerator, model, optimizer, batch, args, stop_if_bad):
         optimizer.step()                                                       # of a whole mini-batch: else a no-op
         optimizer.zero_grad()
     means = dict(zip(("loss", "approx_kl", "critic_loss", "clip_fraction"), torch.tensor(history).mean(0).tolist()))
-    means |= dict(zip(("grad_norm", "critic_grad_norm"), torch.tensor(norms).mean(0).tolist()))
+    means |= dict(zip(("grad_norm", "critic_grad_norm"), torch.tensor(norms or [[0.0, 0.0]]).mean(0).tolist()))
     return means | {"approx_kl": history[-1][1], "ratio_error": ratio_error, "updates": len(norms)}
 
 

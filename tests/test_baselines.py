@@ -13,6 +13,7 @@ from test_bad_input import fails
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification,
                           AutoTokenizer)
 
+import train_dvpo
 import train_gvm
 from baselines import dpo, grpo, ppo, remax, reward_model
 
@@ -550,3 +551,12 @@ def test_a_reward_model_of_another_architecture(ppo_args, again, world, tmp_path
     args = again(ppo_args, reward_model=str(tmp_path / "small"), steps=1)
     fails(lambda: ppo.main(args), "not the architecture of .*--critic_init sft")
     ppo.main(again(args, critic_init="sft"))
+
+
+@pytest.mark.parametrize("name", ["dvpo", "ppo", "grpo"])
+def test_a_target_kl_of_0_may_end_a_batch_before_its_first_update(name, request, again, tmp_path):
+    """Rounding alone can pass it. Then nothing is learned, and nothing breaks."""
+    script = {"dvpo": train_dvpo, "ppo": ppo, "grpo": grpo}[name]
+    script.main(again(request.getfixturevalue(f"{name}_args"), target_kl=0.0, micro_batch_size=1, steps=2))
+    for record in read_lines(tmp_path / "run" / "metrics.jsonl"):
+        assert record["updates"] < 4 and record["grad_norm"] >= 0
