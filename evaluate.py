@@ -478,6 +478,7 @@ def token_logp(model, ids, is_token, is_response):
     in the backward pass it is computed again.
     """
     hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
     logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
     token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
 
@@ -487,7 +488,7 @@ def token_logp(model, ids, is_token, is_response):
     chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
     logp = torch.cat([checkpoint(logp_of, *part, use_reentrant=False)
                       for part in zip(logits.split(chunk), token.split(chunk))])                   # (N,)
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)            # where the tokens are
 
 
 class TokenLogp(torch.nn.Module):

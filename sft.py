@@ -246,6 +246,7 @@ def token_logp(model, ids, is_token, is_response):
     in the backward pass it is computed again.
     """
     hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
     logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
     token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
 
@@ -255,7 +256,7 @@ def token_logp(model, ids, is_token, is_response):
     chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
     logp = torch.cat([checkpoint(logp_of, *part, use_reentrant=False)
                       for part in zip(logits.split(chunk), token.split(chunk))])                   # (N,)
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)            # where the tokens are
 
 
 class TokenLogp(torch.nn.Module):
@@ -276,7 +277,7 @@ class TokenLogp(torch.nn.Module):
         return token_logp(self.policy, ids, is_token, is_response)
 
 
-# ---- 5. Engine and run folder ----
+# ---- 5. Engine and run folder: the same in every script ----
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))

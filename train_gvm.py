@@ -396,7 +396,7 @@ def evaluate(model, pairs, args, tokenizer):
     return {name: pair_accuracy(score[0::2], score[1::2]) for name, score in scores.items()}
 
 
-# ---- 5. Engine and run folder ----
+# ---- 5. Engine and run folder: the same in every script ----
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))
@@ -420,10 +420,11 @@ def is_zero3(accelerator):
 
 
 @contextmanager
-def gathered(accelerator, model):
-    """The plain model, whole on every process, to generate or to evaluate with. ZeRO-3 and FSDP2 gather the weights
-    once here, instead of layer by layer for each token, and the processes need not take equally many steps."""
-    plain = accelerator.unwrap_model(model)
+def gathered(accelerator, model, part=""):
+    """The plain model (or a part of it, by name), whole on every process, to generate or to evaluate with. ZeRO-3 and
+    FSDP2 gather the weights once here, instead of layer by layer for each token, and the processes need not take
+    equally many steps."""
+    plain = accelerator.unwrap_model(model).get_submodule(part)
     if is_zero3(accelerator):
         import deepspeed
         zero = model.optimizer.parameter_offload
@@ -437,17 +438,18 @@ def gathered(accelerator, model):
                 zero._register_deepspeed_module(zero.module)
     elif accelerator.is_fsdp2:
         from torch.distributed.fsdp import FSDPModule
-        parts = [module for module in plain.modules() if isinstance(module, FSDPModule)]
-        plain._get_fsdp_state()._lazy_init()              # else the first layer that runs takes itself for the root
-        plain.set_reshard_after_forward(False)
-        for part in parts:
-            part.unshard()
+        root = accelerator.unwrap_model(model)                # has the weights that are in no layer
+        root._get_fsdp_state()._lazy_init()                   # else the first layer that runs takes itself for the root
+        root.set_reshard_after_forward(False)
+        parts = [root, *(module for module in plain.modules() if isinstance(module, FSDPModule))]
+        for module in parts:
+            module.unshard()
         try:
             yield plain
         finally:
-            plain.set_reshard_after_forward(True)
-            for part in parts:
-                part.reshard()
+            root.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
+            for module in parts:
+                module.reshard()
     else:
         yield plain
 

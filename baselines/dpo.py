@@ -271,6 +271,7 @@ def token_logp(model, ids, is_token, is_response):
     in the backward pass it is computed again.
     """
     hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
     logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
     token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
 
@@ -280,7 +281,7 @@ def token_logp(model, ids, is_token, is_response):
     chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
     logp = torch.cat([checkpoint(logp_of, *part, use_reentrant=False)
                       for part in zip(logits.split(chunk), token.split(chunk))])                   # (N,)
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)            # where the tokens are
 
 
 class TokenLogp(torch.nn.Module):
@@ -304,15 +305,17 @@ class TokenLogp(torch.nn.Module):
 
 
 @torch.no_grad()
-def reference_logp(reference, sequences, batch_size, pad_id):
-    """log pi_ref(y | x) of N (prompt ids, response ids): (N,) float."""
+def reference_logp(accelerator, reference, sequences, batch_size, pad_id):
+    """log pi_ref(y | x) of N (prompt ids, response ids): (N,) float. Every process scores its part of them."""
     order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
-    parts = [token_logp(reference, *collate([sequences[row] for row in order[start:start + batch_size]], pad_id,
-                                            reference.device)).sum(-1) for start in range(0, len(order), batch_size)]
-    return torch.cat(parts)[torch.tensor(order).argsort().to(reference.device)]
+    logp = torch.zeros(len(sequences), device=accelerator.device)
+    for rows in torch.tensor(order[accelerator.process_index::accelerator.num_processes]).split(batch_size):
+        ids, is_token, is_response = collate([sequences[row] for row in rows], pad_id, accelerator.device)
+        logp[rows] = token_logp(reference, ids, is_token, is_response).sum(-1)
+    return accelerator.reduce(logp)
 
 
-# ---- 5. Engine and run folder ----
+# ---- 5. Engine and run folder: the same in every script ----
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))
@@ -328,6 +331,46 @@ def start_accelerator(args, accumulation_steps):
             gradient_accumulation_steps=accelerator.gradient_accumulation_steps, gradient_clipping=args.max_grad_norm,
             train_micro_batch_size_per_gpu=args.micro_batch_size)
     return accelerator
+
+
+def is_zero3(accelerator):
+    """Does DeepSpeed divide the weights among the processes?"""
+    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
+
+
+@contextmanager
+def gathered(accelerator, model, part=""):
+    """The plain model (or a part of it, by name), whole on every process, to generate or to evaluate with. ZeRO-3 and
+    FSDP2 gather the weights once here, instead of layer by layer for each token, and the processes need not take
+    equally many steps."""
+    plain = accelerator.unwrap_model(model).get_submodule(part)
+    if is_zero3(accelerator):
+        import deepspeed
+        zero = model.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(list(plain.parameters())):
+            for hook in zero.forward_hooks + zero.backward_hooks:              # they would divide the layers again
+                hook.remove()
+            zero.forward_hooks, zero.backward_hooks = [], []
+            try:
+                yield plain
+            finally:
+                zero._register_deepspeed_module(zero.module)
+    elif accelerator.is_fsdp2:
+        from torch.distributed.fsdp import FSDPModule
+        root = accelerator.unwrap_model(model)                # has the weights that are in no layer
+        root._get_fsdp_state()._lazy_init()                   # else the first layer that runs takes itself for the root
+        root.set_reshard_after_forward(False)
+        parts = [root, *(module for module in plain.modules() if isinstance(module, FSDPModule))]
+        for module in parts:
+            module.unshard()
+        try:
+            yield plain
+        finally:
+            root.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
+            for module in parts:
+                module.reshard()
+    else:
+        yield plain
 
 
 def clip_grad_norm(accelerator, parameters, max_norm):
@@ -636,9 +679,6 @@ def main(args):
     if args.max_length > getattr(model.config, "max_position_embeddings", math.inf):
         fail(f"--max_length {args.max_length} is more than the context of {args.model}")
     output = start_run(accelerator, args)
-    # The policy is its own reference as long as it has not learned.
-    with accelerator.autocast():                                       # in the precision that the policy is scored in
-        logp_ref = reference_logp(model.to(accelerator.device), data, 2 * args.micro_batch_size, tokenizer.pad_token_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     lengths = torch.tensor([sum(map(len, sequence)) for sequence in data]).view(n, 2).amax(1)
     updates = update_order(n, args.batch_size, args.epochs, args.seed)
@@ -647,6 +687,9 @@ def main(args):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     checkpoint_layers(model, args.gradient_checkpointing)
     model, optimizer = accelerator.prepare(TokenLogp(model), optimizer)
+    # The policy is its own reference as long as it has not learned. In the precision that the policy is scored in.
+    with gathered(accelerator, model, "policy") as plain, accelerator.autocast():
+        logp_ref = reference_logp(accelerator, plain, data, 2 * args.micro_batch_size, tokenizer.pad_token_id)
 
     first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
     # The rate is a function of the update. A scheduler's own state would be read as an unchecked pickle.

@@ -125,6 +125,7 @@ def test_two_processes_make_the_updates_of_one(script, engine, request, one_proc
 @pytest.mark.parametrize("script, more", [
     ("train_dvpo.py", ("--target_kl", "1e-4", "--ppo_epochs", "3")), ("train_dvpo.py", ("--gradient_checkpointing", "true")),
     ("train_dvpo.py", ("--truncated", "mask")), ("baselines/ppo.py", ("--gradient_checkpointing", "true")),
+    ("train_dvpo.py", ("--frozen_dtype", "bfloat16")), ("train_dvpo.py", ("--rollout", "continuous")),
     ("train_gvm.py", ("--gradient_checkpointing", "true", "--tau_pairs", "1"))])
 def test_options_under_every_engine(script, more, engine, request, one_process, tmp_path):
     """An update that is not made (target KL), layers that run twice, rows without a token to learn from."""
@@ -163,7 +164,7 @@ def test_resume_under_every_engine(script, engine, request, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("script", ["train_gvm.py", "train_dvpo.py", "baselines/ppo.py"])
+@pytest.mark.parametrize("script", ["train_gvm.py", "train_dvpo.py", "baselines/ppo.py", "baselines/dpo.py"])
 def test_bf16_under_every_engine(script, engine, request, one_process, tmp_path):
     """The updates stay near those of float32; frozen models are in bfloat16."""
     if engine.startswith("zero") and not DEEPSPEED:
@@ -171,4 +172,6 @@ def test_bf16_under_every_engine(script, engine, request, one_process, tmp_path)
     launch(engine, script, flags_of(script, request, tmp_path / "two"), tmp_path, bf16=True)
     for a, b in zip(read_lines(one_process(script) / "metrics.jsonl"), read_lines(tmp_path / "two" / "metrics.jsonl"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=0.02)
+        if "reward_chosen" in a and a["update"] == 2:          # the policy begins as its reference, in its precision
+            assert max(abs(b["reward_chosen"]), abs(b["reward_rejected"])) < 5e-3
     assert all(weight.isfinite().all() for weight in weights(tmp_path / "two").values())

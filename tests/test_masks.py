@@ -1,5 +1,6 @@
 """Padding, EOS and tau: what a row's numbers may depend on, and what not."""
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -301,3 +302,12 @@ def test_logits_that_are_not_the_output_layers_are_refused():
         train_dvpo.TokenLogp(AutoModelForCausalLM.from_config(config).eval())
     config.final_logit_softcapping = None
     train_dvpo.TokenLogp(AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize("answers, error", [({"a": SimpleNamespace(generated_tokens=[5], error="out of memory")}, "out of memory"),
+                                            ({}, "some prompts have no answer")])
+def test_failed_continuous_rollouts_are_no_answers(policy, monkeypatch, answers, error):
+    """transformers returns what there was before an error, or leaves requests out."""
+    monkeypatch.setattr(type(policy), "generate_batch", lambda *rest: answers)
+    with pytest.raises(SystemExit, match=error):
+        train_dvpo.rollout(policy, SimpleNamespace(pad_token_id=0, eos_token_id=1), [[5]], 4, "continuous")
