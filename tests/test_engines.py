@@ -5,6 +5,7 @@ online methods the rollouts are replaced by the same ones everywhere, after the 
 """
 import importlib.util
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -75,7 +76,8 @@ def flags_of(script, request, output, *more):
 def assert_same(one, two, ignore=()):
     for a, b in zip(read_lines(one / "metrics.jsonl"), read_lines(two / "metrics.jsonl"), strict=True):
         for name in a:
-            if isinstance(a[name], (int, float)) and not name.startswith("seconds") and name not in ignore:
+            tie = name == "accuracy" and a["loss"] == pytest.approx(math.log(2), abs=1e-5)    # nothing learned: rounding decides
+            if isinstance(a[name], (int, float)) and not name.startswith("seconds") and name not in ignore and not tie:
                 assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), (name, a, b)
     first, second = weights(one), weights(two)
     assert first.keys() == second.keys()
@@ -125,7 +127,7 @@ def test_two_processes_make_the_updates_of_one(script, engine, request, one_proc
 @pytest.mark.parametrize("script, more", [
     ("train_dvpo.py", ("--target_kl", "1e-4", "--ppo_epochs", "3")), ("train_dvpo.py", ("--gradient_checkpointing", "true")),
     ("train_dvpo.py", ("--truncated", "mask")), ("baselines/ppo.py", ("--gradient_checkpointing", "true")),
-    ("train_dvpo.py", ("--frozen_dtype", "bfloat16")), ("train_dvpo.py", ("--rollout", "continuous")),
+    ("train_dvpo.py", ("--rollout", "continuous")),
     ("train_gvm.py", ("--gradient_checkpointing", "true", "--tau_pairs", "1"))])
 def test_options_under_every_engine(script, more, engine, request, one_process, tmp_path):
     """An update that is not made (target KL), layers that run twice, rows without a token to learn from."""
@@ -164,12 +166,13 @@ def test_resume_under_every_engine(script, engine, request, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("script", ["train_gvm.py", "train_dvpo.py", "baselines/ppo.py", "baselines/dpo.py"])
-def test_bf16_under_every_engine(script, engine, request, one_process, tmp_path):
-    """The updates stay near those of float32; frozen models are in bfloat16."""
+@pytest.mark.parametrize("script, more", [("train_gvm.py", ()), ("baselines/ppo.py", ()), ("baselines/dpo.py", ()), ("train_dvpo.py", ()),
+                                          ("train_dvpo.py", ("--frozen_dtype", "float32"))])
+def test_bf16_under_every_engine(script, more, engine, request, one_process, tmp_path):
+    """The updates stay near those of float32; frozen models are in bfloat16, or as they are told to be."""
     if engine.startswith("zero") and not DEEPSPEED:
         pytest.skip("deepspeed is not installed")
-    launch(engine, script, flags_of(script, request, tmp_path / "two"), tmp_path, bf16=True)
+    launch(engine, script, flags_of(script, request, tmp_path / "two", *more), tmp_path, bf16=True)
     for a, b in zip(read_lines(one_process(script) / "metrics.jsonl"), read_lines(tmp_path / "two" / "metrics.jsonl"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=0.02)
         if "reward_chosen" in a and a["update"] == 2:          # the policy begins as its reference, in its precision
