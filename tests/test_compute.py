@@ -47,14 +47,19 @@ def test_the_naive_way_gives_the_same_log_probabilities(config):
 
 
 def test_memory_is_seen():
-    compute.start_of_memory("cpu")
-    before = compute.peak_memory("cpu")
-    if before is None:
-        pytest.skip("no /proc here")
-    torch.ones(2 ** 26)                                        # 256 MiB, freed at once
-    assert compute.peak_memory("cpu") - before > 2 ** 27
-    compute.start_of_memory("cpu")
-    assert compute.peak_memory("cpu") - before < 2 ** 27
+    def work():
+        x = torch.ones(2 ** 20)                                # 4 MiB
+        y = x + x                                              # 4 more
+        del x, y
+        torch.ones(2 ** 20)
+
+    assert compute.peak_memory(work, "cpu") == pytest.approx(2 ** 23, rel=0.01)
+
+
+def test_lengths_are_those_of_the_table():
+    assert compute.answer_length(0.0, 1000) == 10 and compute.answer_length(1.0, 1000) == 1000
+    assert compute.answer_length(0.45, 1000) == 270 and compute.answer_length(0.5, 1000) == 295
+    assert compute.answer_length(0.0, 4) == 1
 
 
 def test_the_command_writes_a_table_and_keeps_other_ones(tmp_path, monkeypatch):
