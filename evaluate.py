@@ -474,8 +474,8 @@ def token_logp(model, ids, is_token, is_response):
     """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
 
     The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
-    positions that predict a response token meet the output layer, and float32 exists for a chunk of them at a time:
-    in the backward pass it is computed again.
+    positions that predict a response token meet the output layer. If they are many, float32 exists for a chunk of them
+    at a time: in the backward pass it is computed again.
     """
     hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
     # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
@@ -486,9 +486,9 @@ def token_logp(model, ids, is_token, is_response):
         return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
 
     chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
-    logp = torch.cat([checkpoint(logp_of, *part, use_reentrant=False)
-                      for part in zip(logits.split(chunk), token.split(chunk))])                   # (N,)
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)            # where the tokens are
+    parts = list(zip(logits.split(chunk), token.split(chunk)))
+    logp = [checkpoint(logp_of, *part, use_reentrant=False) if len(parts) > 1 else logp_of(*part) for part in parts]
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, torch.cat(logp))
 
 
 class TokenLogp(torch.nn.Module):

@@ -49,11 +49,9 @@ SHAPES = {
     "llama-3-8b": dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                        num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=False)}
 PAPER = {"PPO": (41.43, 23.00), "ReMax": (26.87, 44.13), "GRPO": (28.20, 22.17), "DVPO": (27.50, 13.00)}  # GB, s; 3B
-
-
 PARTS = ("generate", "score", "update")
 # Lengths of the answers of one policy, in words, by the policy's 99th percentile: median over 48 policies' answers to
-# AlpacaEval of the quantiles 0.05, 0.15, ... 0.95. A real batch is mostly padding where rows are as long as the longest.
+# AlpacaEval of the quantiles 0.05, 0.15, ... 0.95. Rows as long as the longest would be padding for the most part.
 LENGTHS = [(0.0, 0.01), (0.05, 0.03), (0.15, 0.09), (0.25, 0.14), (0.35, 0.20), (0.45, 0.27), (0.55, 0.32),
            (0.65, 0.37), (0.75, 0.44), (0.85, 0.52), (0.95, 0.69), (1.0, 1.0)]
 
