@@ -414,7 +414,10 @@ def begin(folder, settings, state, overwrite):
     process's log, open."""
     begun = folder / "settings.json"
     if state.is_main_process:
-        was = json.loads(begun.read_text()) if begun.is_file() else settings
+        try:
+            was = dict(json.loads(begun.read_text())) if begun.is_file() else settings
+        except (ValueError, TypeError):
+            fail(f"{begun}: is not what was written here. Delete {folder}, the answers in it too, to begin anew")
         differ = [name for name, value in settings.items() if was.get(name) != value]
         if differ and not overwrite:
             fail(f"{folder}: was begun with other {differ[0]}: {was.get(differ[0])}. Go on with that, or pass "
