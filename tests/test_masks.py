@@ -135,9 +135,11 @@ def test_no_float32_copy_of_all_logits(policy, monkeypatch):
     model = AutoModelForCausalLM.from_config(policy.config, dtype=torch.bfloat16).eval()
     monkeypatch.setattr(train_dvpo, "LOGITS_AT_ONCE", 32 * 2)
     ids, is_token, is_response = sft.collate(SEQUENCES, 0, "cpu")
-    with Watch():
+    kept = []
+    with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         train_dvpo.token_logp(model, ids, is_token, is_response).sum().backward()
     assert is_response.sum() > 4 and max(largest) == 32 * 2
+    assert not [x for x in kept if x.dtype == torch.float32 and x.shape[-1:] == (32,)]         # none is kept for the backward pass
 
 
 def test_q_is_read_after_the_action(gvm):
