@@ -18,7 +18,7 @@ endif
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
 	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 12)"
-	@echo "make compute   time and memory of a step of each method, with a tiny model: about 3 minutes"
+	@echo "make compute   time and memory of a step of each method, with a tiny model: about 4 minutes"
 	@echo "make test      ruff and the whole test suite"
 	@echo "make test-distributed  every script under DDP, ZeRO-1 to 3 and FSDP2 (two processes on CPU; about 20 minutes)"
 	@echo "make test-resume  kills all training scripts at random moments and resumes them; minutes (KILLS=100: more)"

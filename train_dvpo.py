@@ -64,8 +64,8 @@ class Args:
     ppo_epochs: int = HfArg(default=2, help="passes over each batch of rollouts (paper: 4)")
     truncated: Literal["keep", "mask", "penalise"] = HfArg(default="keep", help="responses cut at the length limit: "
                                                            "as they are; left out; 1 off Q_T")          # DEVIATION 10
-    rollout: Literal["padded", "continuous"] = HfArg(default="padded", help="how answers are generated: continuous is "
-                                                     "faster for large models and answers of unequal length")
+    rollout: Literal["padded", "continuous"] = HfArg(default="padded", help="how answers are generated: in one batch, "
+                                                     "or with a paged cache where ended ones make room")
     max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
     max_response_length: int = HfArg(default=64, help="tokens after which a response is cut (paper: 1024)")
     lr: float = HfArg(default=2e-4, help="learning rate, constant (paper: 2e-6)")
