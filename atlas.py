@@ -304,35 +304,46 @@ def slots(policy, prompt):
     return tuple([option for option in slot if option[0] > 0] for slot in row)
 
 
-def complete(policy, prompt, prefix, n, rng):
-    """n full responses of a behaviour policy, sampled exactly from those that begin with `prefix`.
+def extend(text, sentence):
+    return f"{text} {sentence}" if text and sentence else text + sentence
 
-    prefix may end anywhere, in the middle of a word too; "" gives fresh responses. A slot's sentences that fit the
-    prefix are weighted by their probability times the probability that the rest of the prefix follows (a backward
-    pass over the slots), so the samples come from pi(y | x, y starts with prefix).
-    Raises ValueError if the policy could never write this prefix.
-    """
+
+def beginning(policy, prompt, prefix):
+    """likelihood(index, text) of a behaviour policy: the probability that its finished response starts with `prefix`,
+    once `text` stands before slot `index`. likelihood(0, "") is that of the prefix itself."""
     row = slots(policy, prompt)
-
-    def extend(text, sentence):
-        return f"{text} {sentence}" if text and sentence else text + sentence
 
     @cache
     def likelihood(index, text):
-        """Probability that the finished response starts with the prefix, once `text` stands before slot `index`."""
         if len(text) >= len(prefix):
             return float(text.startswith(prefix))
         if index == len(row) or not prefix.startswith(text):
             return 0.0
         return sum(p * likelihood(index + 1, extend(text, sentence)) for p, sentence in row[index])
 
-    if likelihood(0, "") == 0:
+    return likelihood
+
+
+def complete(policy, prompt, prefix, n, rng):
+    """n full responses of a behaviour policy, sampled exactly from those that begin with `prefix`.
+
+    policy  one of POLICIES; or "any": each response is of a policy of its own, drawn from all of them by how likely
+            they were to begin so. That is the policy, in the singular, of data in which nobody says who wrote what.
+    prefix  may end anywhere, in the middle of a word too; "" gives fresh responses. A slot's sentences that fit it are
+            weighted by their probability times the probability that the rest of the prefix follows (a backward pass
+            over the slots), so the samples come from pi(y | x, y starts with prefix).
+    Raises ValueError if the policy could never write this prefix.
+    """
+    likelihoods = {name: beginning(name, prompt, prefix) for name in (POLICIES if policy == "any" else [policy])}
+    shares = [likelihood(0, "") for likelihood in likelihoods.values()]
+    if sum(shares) == 0:
         raise ValueError(f"policy {policy!r} never begins an answer to {prompt!r} with {prefix!r}")
     done = []
     for _ in range(n):
+        writer = rng.choices(list(likelihoods), shares)[0] if policy == "any" else policy
         text = ""
-        for index, slot in enumerate(row):
-            weights = [p * likelihood(index + 1, extend(text, sentence)) for p, sentence in slot]
+        for index, slot in enumerate(slots(writer, prompt)):
+            weights = [p * likelihoods[writer](index + 1, extend(text, sentence)) for p, sentence in slot]
             text = extend(text, rng.choices([sentence for _, sentence in slot], weights)[0])
         done.append(text)
     return done
@@ -345,7 +356,8 @@ END = "<|end|>"             # the end-of-sequence token, also for the values of 
 def true_value(policy, prompt, prefix, n=1000, seed=0):
     """Q^pi(s, a), section 3.4.1, to Monte Carlo accuracy: the policy finishes the prefix n times, the oracle scores.
 
-    policy   name of a behaviour policy, or any function (prompt, prefix, n) -> n full responses (a language model)
+    policy   name of a behaviour policy, "any" of them (see complete), or a function (prompt, prefix, n) -> n full
+             responses (a language model)
     prefix   the answer so far: s without the prompt, then a. If it ends with END the response is finished: Q = r(x, y)
     n        number of completions
     Returns (value, standard error): the mean of n oracle scores, and its Monte Carlo error.
