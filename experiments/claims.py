@@ -1,0 +1,253 @@
+"""What the experiments of `make claims` share: runs that are made once, the truth about a language model, the report.
+
+An experiment is a script of its own; it imports this file and the stage scripts, never another experiment. Under
+runs/claims/seedN the world, the SFT model, the value models and policies of one seed stand side by side. Who needs a
+run asks `train` for it; what is there already is not made again, so that a stopped `make claims` goes on.
+"""
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+matplotlib.use("Agg")
+import atlas  # noqa: E402
+import evaluate  # noqa: E402
+import train_dvpo  # noqa: E402
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+LONGEST = 64                                                  # tokens of an answer, as in the training scripts
+
+
+# ---- 1. Runs ----
+@contextmanager
+def words_to(path):
+    """What is printed goes to a file: several seeds at a time would talk at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+        yield
+
+
+def world(folder, seed, scale):
+    """The data and the base model of one seed; at a scale below 1, that share of the rows. Returns the data folder."""
+    data = folder / "data"
+    if not (data / "manifest.json").exists():
+        with words_to(folder / "world.log"):
+            atlas.write_world(folder, seed, overwrite=True)
+    if scale < 1:
+        files = json.loads((data / "manifest.json").read_text())["files"]
+        for name in ("sft", "scored", "pairs", "test_scored", "test_pairs", "test_prompts"):
+            rows = max(round(scale * files[f"{name}.jsonl"]["rows"]), 16 if name == "test_prompts" else 96)
+            write_lines(data / f"{name}.jsonl", read_lines(data / f"{name}.jsonl")[:rows])
+    return data
+
+
+def train(script, output, **flags):
+    """Runs a training script with these flags, unless `output` holds that very run already. Returns `output`."""
+    stage = importlib.import_module(script)
+    flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
+    args = stage.Args(output=str(output), overwrite=True, **flags)
+    stage.accumulation_steps(args, 1)                         # sets what follows from the others, as the script does
+    finished = (output / "model.safetensors").exists()
+    if not finished or json.loads((output / "args.json").read_text()) != asdict(args):
+        with words_to(output.with_name(f"{output.name}.log")):
+            stage.main(args)
+    return output
+
+
+def base(folder, seed, scale):
+    """What every experiment starts from, with the scripts' defaults. Returns (flags for all stages, SFT model)."""
+    start = {"data": world(folder, seed, scale), "seed": seed}
+    return start, train("sft", folder / "sft", model=folder / "base", **start)
+
+
+def train_gvm(output, sft, start, **flags):
+    """A GVM. Two passes over the data: the demo's four rank held-out pairs no better, and take twice as long."""
+    return train("train_gvm", output, model=sft, **({"epochs": 2} | start | flags))
+
+
+def train_reward_model(output, sft, start, **flags):
+    return train("baselines.reward_model", output, model=sft, **({"epochs": 2} | start | flags))
+
+
+def steps(scale, most=40):
+    """Steps of an online method, of 64 rollouts each."""
+    return max(2, round(scale * most))
+
+
+def judge(log, sft, policies, start, **flags):
+    """Held-out questions, four answers each: {run folder's name: {"score", "nats" of KL to sft, "length"}}."""
+    with words_to(log):
+        models = evaluate.evaluate_policy(evaluate.PolicyArgs(
+            models=[str(sft), *map(str, policies)], data=str(start["data"]), seed=start["seed"], **flags))["models"]
+    return {name: {"score": x["score"]["mean"], "nats": x["kl"]["mean"], "length": x["response_length"]}
+            for name, x in models.items()}
+
+
+# ---- 2. Values and truth ----
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def load_policy(folder):
+    """(model, tokenizer)."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def sequence(tokenizer, prompt, response):
+    """(prompt ids, response ids with EOS) of a finished answer."""
+    return evaluate.encode_prompt(tokenizer, prompt), evaluate.encode_response(tokenizer, response)
+
+
+def answers(policy, tokenizer, prompts):
+    """One sampled answer to each prompt, as (prompt ids, response ids)."""
+    ids = [evaluate.encode_prompt(tokenizer, prompt) for prompt in prompts]
+    return list(zip(ids, train_dvpo.rollout(policy, tokenizer, ids, LONGEST, "padded")))
+
+
+def text(tokenizer, response):
+    return tokenizer.decode(response, skip_special_tokens=True)
+
+
+def completions(policy, tokenizer, prefixes, n):
+    """n full responses (id lists) to each (prompt ids, first response ids), finished by a language model that samples.
+
+    An answer that has ended, or is as long as an answer may be, is complete already.
+    """
+    finished = [bool(said) and (said[-1] == tokenizer.eos_token_id or len(said) >= LONGEST) for _, said in prefixes]
+    rows = [i for i, done in enumerate(finished) if not done for _ in range(n)]
+    rows.sort(key=lambda i: len(prefixes[i][1]))              # what is nearly finished need not wait for the rest
+    found = [[list(said)] if done else [] for (_, said), done in zip(prefixes, finished)]
+    for start in range(0, len(rows), 2048):
+        some = rows[start:start + 2048]
+        longest = LONGEST - min(len(prefixes[i][1]) for i in some)
+        written = train_dvpo.rollout(policy, tokenizer, [[*prefixes[i][0], *prefixes[i][1]] for i in some], longest,
+                                     "padded")
+        for i, tail in zip(some, written):
+            found[i].append([*prefixes[i][1], *tail])
+    return found
+
+
+def true_values(prompts, tokenizer, completed):
+    """Q^pi of each prefix from its completions, scored by the oracle: [(mean, squared standard error), ...]."""
+    found = []
+    for prompt, responses in zip(prompts, completed, strict=True):
+        scores = [atlas.oracle(prompt, text(tokenizer, response)) for response in responses]
+        found.append((statistics.mean(scores), statistics.variance(scores) / len(scores) if len(scores) > 1 else 0.0))
+    return found
+
+
+@torch.no_grad()
+def token_values(folder, sequences, pad_id):
+    """What a value model says at each response token, and at the last prompt token before them: [[V(s_1), Q_1, ...]].
+
+    In the units of its training scores. A critic's V(s_{t+1}) is Q(s_t, a_t), read at a_t, too; it has none at EOS.
+    sequences  [(prompt ids, response ids), ...], behind their tau where the model wants one
+    """
+    model, values = AutoModelForTokenClassification.from_pretrained(folder).eval(), [None] * len(sequences)
+    scale = getattr(model.config, "gvm", None) or {"reward_mean": 0.0, "reward_std": 1.0}
+    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))
+    for start in range(0, len(order), 64):
+        rows = order[start:start + 64]
+        ids, is_token, is_response = evaluate.collate([sequences[row] for row in rows], pad_id, "cpu")
+        q = model(input_ids=ids, attention_mask=is_token).logits.squeeze(-1)
+        q = q * scale["reward_std"] + scale["reward_mean"]
+        for row, line, mask in zip(rows, q, evaluate.value_positions(is_response)):
+            values[row] = line[mask].tolist()
+    return values
+
+
+# ---- 3. Seeds, statistics, report ----
+def parse(description):
+    """The command line, the same for every experiment. Works from the project's root from then on."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23, 24, 25], help="a world each")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of data, steps and answers; below 1: a trial")
+    parser.add_argument("--runs", default="runs/claims", help="folder for the runs, shared by all experiments")
+    parser.add_argument("--output", default="results", help="folder for the result")
+    args = parser.parse_args()
+    if len(set(args.seeds)) < len(args.seeds) or not (len(args.seeds) == 1 or len(args.seeds) in T_95):
+        parser.error("--seeds must be 1 to 10 different numbers")
+    if not 0 < args.scale <= 1:
+        parser.error("--scale must be above 0 and at most 1")
+    os.chdir(ROOT)
+    return args
+
+
+def over_seeds(run_seed, args):
+    """{seed: run_seed(folder, seed, scale)}."""
+    jobs = [(Path(args.runs) / f"seed{seed}", seed, args.scale) for seed in args.seeds]
+    torch.set_num_threads(1)
+    if args.jobs == 1:
+        found = [run_seed(*job) for job in jobs]
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) as pool:
+            found = list(pool.map(run_seed, *zip(*jobs)))
+    return dict(zip(map(str, args.seeds), found))
+
+
+def interval(values):
+    """Mean and 95 % interval (Student's t over the seeds): (mean, low, high)."""
+    mean = statistics.mean(values)
+    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    return mean, mean - half, mean + half
+
+
+def cell(values, digits=3):
+    mean, low, high = interval(values)
+    return f"{mean:.{digits}f}" + (f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else "")
+
+
+def verdict(differences):
+    """What the seeds' differences say of the claim that they are above 0, by the 95 % interval of their mean."""
+    _, low, high = interval(differences)
+    return "confirmed" if low > 0 else "not confirmed: the reverse" if high < 0 else "not decided"
+
+
+def report(name, args, doc, seeds, claims, tables, finding, picture):
+    """results/NAME.json, .md and .png.
+
+    doc      the experiment's docstring              seeds    {seed: what it found}
+    claims   {claim, in words: (verdict, the numbers behind it, in words)}
+    tables   lines of markdown                       finding  the sentence the experiment ends with, and the caption
+    picture  matplotlib figure
+    """
+    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
+    made = {"command": f"python experiments/{name}.py --seeds {' '.join(map(str, args.seeds))}"
+            + (f" --scale {args.scale}" if args.scale != 1 else ""), "commit": commit.stdout.strip(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    lines = [f"# {doc.splitlines()[0]}", "", *(line.strip() and f"    {line}" for line in doc[
+        doc.index("Hypothesis"):doc.index("Command")].rstrip().splitlines()), "",
+             f"`{made['command']}`, commit {made['commit']}, {made['machine']}. Mean over the seeds and its 95 % "
+             "interval (Student's t over seeds).", "", "| claim | verdict | numbers |", "|---|---|---|"]
+    lines += [f"| {claim} | **{word}** | {numbers} |" for claim, (word, numbers) in claims.items()]
+    lines += ["", f"![{name}]({name}.png)", "", f"*{finding}*", "", *tables]
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    picture.savefig(output / f"{name}.png", dpi=110, bbox_inches="tight")
+    (output / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (output / f"{name}.json").write_text(json.dumps(made | {
+        "claims": {claim: {"verdict": word, "numbers": numbers} for claim, (word, numbers) in claims.items()},
+        "finding": finding, "seeds": seeds}, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(lines))
