@@ -18,6 +18,7 @@ endif
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
 	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 12)"
+	@echo "make claims    nine claims of the paper, against the truth: results/*.md; hours on two cores (QUICK=1: under 10 minutes)"
 	@echo "make compute   time and memory of a step of each method, with a tiny model: about 4 minutes"
 	@echo "make test      ruff and the whole test suite"
 	@echo "make test-distributed  every script under DDP, ZeRO-1 to 3 and FSDP2 (two processes on CPU; about 20 minutes)"
@@ -83,6 +84,13 @@ else
 	$(PY) experiments/compare.py
 endif
 
+# Each is a script to be read and run alone. What is finished under runs/claims is kept: a stopped make claims goes on.
+# QUICK: one seed, a tenth of data, steps and answers, and nothing written to results/.
+CLAIMS := equivalence credit tau drift advantage kl scaling shift refresh
+QUICKLY := $(if $(QUICK),--seeds 21 --jobs 1 --scale 0.1 --runs runs/claims-quick --output runs/claims-quick/results)
+claims: $(INSTALLED)
+	@for name in $(CLAIMS); do echo "==== $$name"; $(PY) experiments/$$name.py $(QUICKLY) || exit 1; done
+
 test: $(INSTALLED) $(ENGINES)
 	$(PY) -m ruff check .
 	$(PY) -m pytest
@@ -109,4 +117,4 @@ test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	@touch $@
 
-.PHONY: help demo stages compare compute test test-distributed test-resume test-peers
+.PHONY: help demo stages compare claims compute test test-distributed test-resume test-peers

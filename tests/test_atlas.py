@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+import statistics
 
 import pytest
 
@@ -91,6 +92,19 @@ def test_true_value_is_the_conditional_expectation(prefix):
     exact = sum(p * atlas.oracle(BEIJING, text) for text, p in fits.items()) / sum(fits.values())
     value, error = atlas.true_value("terse", BEIJING, prefix, n=4000)
     assert abs(value - exact) < 4 * error + 1e-9 and error < 0.01
+
+
+def test_any_policy_is_the_mixture_of_those_that_may_have_begun_so():
+    """Against rejection: fresh answers of all five policies, those that begin with the prefix kept."""
+    rng = random.Random(0)
+    fresh = [text for policy in atlas.POLICIES for text in atlas.complete(policy, BEIJING, "", 6000, rng)]
+    for prefix in ("", "Beijing is not", "Everyone"):
+        kept = [atlas.oracle(BEIJING, text) for text in fresh if text.startswith(prefix)]
+        value, error = atlas.true_value("any", BEIJING, prefix, n=4000)
+        assert len(kept) > 300 and value == pytest.approx(statistics.mean(kept), abs=4 * (
+            error ** 2 + statistics.variance(kept) / len(kept)) ** 0.5)
+    with pytest.raises(ValueError, match="'any' never begins"):
+        atlas.true_value("any", BEIJING, "Beijing is made of cheese")
 
 
 def test_true_value_of_a_finished_response_is_its_reward():

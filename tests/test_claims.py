@@ -1,0 +1,116 @@
+"""make claims: what the experiments share, checked; and each experiment, run through with almost nothing."""
+import ast
+import json
+import runpy
+import shutil
+import statistics
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import atlas
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import claims  # noqa: E402
+
+NAMES = ["equivalence", "credit", "tau", "drift", "advantage", "kl", "scaling", "shift", "refresh"]
+
+
+def test_verdict_needs_the_whole_interval_on_one_side():
+    """Five numbers by hand: mean 1, deviation 1/2 -> half the interval is 2.776 * 0.5 / sqrt(5) = 0.62."""
+    assert claims.interval([0.5, 0.5, 1.0, 1.5, 1.5])[1:] == pytest.approx((1 - 0.6207, 1 + 0.6207), abs=1e-3)
+    assert claims.verdict([0.5, 0.5, 1.0, 1.5, 1.5]) == "confirmed"
+    assert claims.verdict([-0.5, -0.5, -1.0, -1.5, -1.5]) == "not confirmed: the reverse"
+    assert claims.verdict([-0.5, 0.5, 0.0, 1.5, -1.0]) == claims.verdict([3.0]) == "not decided"
+
+
+def test_completions_go_on_from_the_prefix_and_leave_what_has_ended(dvpo_run):
+    policy, tokenizer = claims.load_policy(dvpo_run)
+    prompt, response = claims.sequence(tokenizer, "Is Japan an island?", "Yes, Japan is an island country.")
+    long = [5] * claims.LONGEST
+    torch.manual_seed(0)
+    done = claims.completions(policy, tokenizer, [(prompt, response), (prompt, response[:3]), (prompt, []), (prompt, long)], 7)
+    assert done[0] == [response] and done[3] == [long] and [len(rows) for rows in done] == [1, 7, 7, 1]
+    assert all(row[:3] == response[:3] and len(row) > 3 for row in done[1])
+    assert len({tuple(row) for row in done[2]}) > 1                             # sampled, not one answer seven times
+
+
+def test_completions_are_those_of_the_policy(dvpo_run):
+    """The share of each first token is what the policy says it is, within four standard errors."""
+    policy, tokenizer = claims.load_policy(dvpo_run)
+    prompt, response = claims.sequence(tokenizer, "Is Japan an island?", "Yes, Japan is an island country.")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        said = policy(torch.tensor([[*prompt, *response[:2]]])).logits[0, -1].softmax(-1)
+    first = [row[2] for row in claims.completions(policy, tokenizer, [(prompt, response[:2])], 1000)[0]]
+    likely = said.argmax().item()
+    assert first.count(likely) / 1000 == pytest.approx(said[likely].item(), abs=4 * (0.25 / 1000) ** 0.5)
+
+
+def test_true_values_of_a_model_are_means_of_the_oracle(dvpo_run):
+    _, tokenizer = claims.load_policy(dvpo_run)
+    good, bad = (claims.sequence(tokenizer, "Is Japan an island?", text)[1] for text in ("Yes, it is.", "No, it is not."))
+    (value, squared_error), (ended, none) = claims.true_values(
+        ["Is Japan an island?"] * 2, tokenizer, [[good, bad, good, bad], [good]])
+    assert value == 0 and squared_error == pytest.approx(statistics.variance([.5, -.5, .5, -.5]) / 4)
+    assert (ended, none) == (0.5, 0.0)
+
+
+def test_token_values_begin_at_the_last_prompt_token(gvm_run):
+    """One value more than the response has tokens, in units of the scores, whatever else is in the batch."""
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+    tokenizer, model = AutoTokenizer.from_pretrained(gvm_run), AutoModelForTokenClassification.from_pretrained(gvm_run).eval()
+    rows = [claims.sequence(tokenizer, prompt, text) for prompt, text in (
+        ("Is Japan an island?", "Yes, it is."), ("What is the capital of Peru?", "The capital of Peru is Lima. I hope that helps!"))]
+    values = claims.token_values(gvm_run, rows, tokenizer.pad_token_id)
+    for (prompt, response), found in zip(rows, values):
+        q = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1:, 0]
+        expected = q * model.config.gvm["reward_std"] + model.config.gvm["reward_mean"]
+        assert found == pytest.approx(expected.tolist(), abs=1e-5) and len(found) == len(response) + 1
+
+
+def test_a_finished_run_is_made_once_and_another_one_again(tmp_path, world, sft_run):
+    flags = {"model": sft_run, "data": world / "data", "epochs": 1, "eval_every": 100}
+    made = claims.train("train_gvm", tmp_path / "gvm", **flags) / "model.safetensors"
+    before = made.stat().st_mtime_ns
+    assert claims.train("train_gvm", tmp_path / "gvm", **flags) == tmp_path / "gvm" and made.stat().st_mtime_ns == before
+    claims.train("train_gvm", tmp_path / "gvm", **flags | {"td_lambda": 0.0})
+    assert made.stat().st_mtime_ns > before and json.loads((tmp_path / "gvm" / "args.json").read_text())["td_lambda"] == 0
+
+
+def test_experiments_stand_alone_and_say_hypothesis_method_command_result():
+    for name in NAMES:
+        tree = ast.parse((ROOT / "experiments" / f"{name}.py").read_text())
+        imported = {(node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0] for node in ast.walk(tree)
+                    if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+        assert not imported & {*NAMES, "compare", "deviations", "value_models", "compute", "real_data"}, name
+        text = ast.get_docstring(tree)
+        places = [text.index(f"\n{word} ") for word in ("Hypothesis", "Method", "Command", "Result")]
+        assert places == sorted(places), name
+
+
+@pytest.fixture(scope="session")
+def laboratory(tmp_path_factory, world):
+    """One folder of runs for all experiments, as in make claims, around the tests' tiny world."""
+    folder = tmp_path_factory.mktemp("claims")
+    for part in ("base", "data"):
+        shutil.copytree(world / part, folder / "runs" / "seed21" / part)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_runs_through(name, laboratory, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", "--seeds", "21", "--jobs", "1", "--scale", "0.02", "--runs",
+                                      str(laboratory / "runs"), "--output", str(laboratory / "results")])
+    monkeypatch.chdir(ROOT)
+    policies, threads = dict(atlas.POLICIES), torch.get_num_threads()
+    runpy.run_path(str(ROOT / "experiments" / f"{name}.py"), run_name="__main__")
+    torch.set_num_threads(threads)
+    assert atlas.POLICIES == policies
+    result = json.loads((laboratory / "results" / f"{name}.json").read_text())
+    assert result["claims"] and all(claim["verdict"] and claim["numbers"] for claim in result["claims"].values())
+    assert result["finding"].endswith(".") and result["seeds"]["21"]
+    text = (laboratory / "results" / f"{name}.md").read_text()
+    assert result["finding"] in text and "nan" not in result["finding"] and (laboratory / "results" / f"{name}.png").stat().st_size > 5000
