@@ -1,0 +1,295 @@
+"""Lemma 3.1: is a value model pretrained on preferences worth the same as a reward model and a critic trained on it?
+
+Hypothesis  From the same fixed pairs D, the policy gradient with a pretrained GVM and the one with a value derived from
+            a reward model differ by at most kappa(epsilon_R, epsilon_Q), "with kappa -> 0 as epsilon_R, epsilon_Q -> 0"
+            (Lemma 3.1). With more pairs the errors shrink, and so does the gap between the two gradients.
+Method      One world per seed, and 0.05, 0.2, 0.5 or all of its pairs. Of each share a ScalarRM and a GVM (pairs as
+            +1/-1). The small shares are gone over until they have had a quarter of the updates of all pairs (11, 3
+            and 1 passes; all pairs: 2), or they would just be underfit: more pairs still mean more updates, too.
+            The RM becomes a value in two ways. Critic: 1,024 answers of pi_SFT, labelled by the RM, train a value
+            model for 3 epochs (all pairs: also 6, to see if it still improves). Backup: the Bellman equation of
+            appendix B solved by sampling, the mean RM score over completions by pi_SFT. RM and GVM are put on the
+            oracle's scale by the straight line that best predicts its rewards of 1,000 training answers from the last
+            token.
+            Truth: Q of pi_SFT at two tokens each of 150 answers to held-out questions, 32 completions each scored by
+            the oracle; the backup uses the same completions. Monte Carlo errors are taken off the mean squared errors,
+            but cannot be off the largest ones. Gradient: mean of grad log pi(a|s) (Q - mean Q) at pi_SFT over those
+            tokens, the same for every Q: a gradient of one sample, as a training step has. Bound (appendix B): (error
+            of the reward's value + error of the GVM) x mean norm of grad log pi. With the largest errors it can hardly
+            fail, as the triangle inequality is all of its proof; what can be learned there is how loose it is.
+Command     python experiments/equivalence.py --seeds 21 22 23 24 25        (part of make claims)
+Result      results/equivalence.json, results/equivalence.md, results/equivalence.png
+"""
+import math
+import random
+import statistics
+import time
+
+import claims                                                 # first: it finds the project's root
+import atlas
+import matplotlib.pyplot as plt
+import torch
+from baselines import reward_model
+from claims import cell, interval, verdict
+from transformers import AutoModelForSequenceClassification
+
+SHARES = ("0.05", "0.2", "0.5", "1")                          # of the pairs
+PROMPTS, PLACES, COMPLETIONS = 150, 2, 32                     # of the truth
+ROLLOUTS, AT_ONCE, KNOWN = 1024, 256, 1000                    # for the critics; answers that set a scale
+DERIVED = ("critic", "backup")                                # the two values that a reward model implies
+
+
+# ---- 1. The models of one share ----
+def first_pairs(folder, start, share):
+    """(folder with the first pairs alone, passes over them that make a quarter of the updates of the full share)."""
+    rows = claims.read_lines(start["data"] / "pairs.jsonl")
+    some = rows[:max(round(float(share) * len(rows)), 16)]
+    quarter = 2 * (len(rows) // 16) // 4                      # two passes, 16 pairs an update
+    claims.write_lines(folder / f"equivalence_data_{share}" / "pairs.jsonl", some)
+    return folder / f"equivalence_data_{share}", math.ceil(quarter / (len(some) // 16))
+
+
+def train_on_pairs(folder, sft, start, share):
+    """(ScalarRM, GVM) of one share of the pairs."""
+    if share == "1":
+        return (claims.train_reward_model(folder / "reward_model", sft, start),
+                claims.train_gvm(folder / "gvm_pairs", sft, start, supervision="pairs"))
+    data, epochs = first_pairs(folder, start, share)
+    flags = {"data": data, "epochs": epochs}
+    return (claims.train_reward_model(folder / f"equivalence_reward_model_{share}", sft, start, **flags),
+            claims.train_gvm(folder / f"equivalence_gvm_{share}", sft, start, supervision="pairs", **flags))
+
+
+def reward_scores(folder, sequences, pad_id):
+    """The reward model's own scores, of a scale of their own."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    return reward_model.sequence_scores(model, sequences, 64, pad_id).tolist()
+
+
+def on_line(line, values):
+    return [line.slope * value + line.intercept for value in values]
+
+
+# ---- 2. Errors and gradients ----
+def error(differences, noise):
+    """Root mean square and largest of Q - truth. noise: the squared standard error of each difference."""
+    square = statistics.mean(d * d for d in differences) - statistics.mean(noise)
+    return {"rms": max(square, 0.0) ** 0.5, "max": max(map(abs, differences))}
+
+
+def policy_gradients(policy, places, values):
+    """For each row of values (K, N) the policy gradient, (K, parameters), and the mean norm of grad log pi.
+
+    places  N of (prompt ids, response ids up to and with a_t)
+    A constant b in Q - b leaves the expected gradient alone: sum_a pi(a|s) grad log pi(a|s) = grad sum_a pi(a|s) =
+    grad 1 = 0. In a finite sample it does not vanish; without it the mean of Q would drown what Q says of the actions.
+    """
+    parameters = list(policy.parameters())
+    weights = (values - values.mean(1, keepdim=True)) / values.shape[1]                            # (K, N)
+    gradients, norms = torch.zeros(len(values), sum(p.numel() for p in parameters)), []
+    for (prompt, said), weight in zip(places, weights.T, strict=True):
+        logits = policy(input_ids=torch.tensor([[*prompt, *said[:-1]]])).logits[0, -1]             # a_t not yet seen
+        score = torch.autograd.grad(logits.log_softmax(-1)[said[-1]], parameters)
+        score = torch.cat([part.flatten() for part in score])
+        gradients.addr_(weight, score)                        # every Q's sum at once; no gradient is kept
+        norms.append(score.norm().item())
+    return gradients, statistics.mean(norms)
+
+
+def cosine(a, b):
+    return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+
+
+# ---- 3. One seed ----
+def run_seed(folder, seed, scale):
+    """{share: {"epsilon_R" and each value: {errors; norm, gap and cosines of its gradient}}, "truth": {its error}}."""
+    start, sft = claims.base(folder, seed, scale)
+    policy, tokenizer = claims.load_policy(sft)
+    pad_id, end, rng = tokenizer.pad_token_id, tokenizer.eos_token_id, random.Random(seed)
+
+    def encoded(name, most):
+        rows = claims.read_lines(start["data"] / f"{name}.jsonl")[:most]
+        return ([claims.sequence(tokenizer, row["prompt"], row["response"]) for row in rows],
+                [row["reward"] for row in rows])
+
+    known, held_out = encoded("scored", KNOWN), encoded("test_scored", KNOWN)
+
+    # The truth. Seeds are set where we sample: what was trained in this process must not change the draws.
+    torch.manual_seed(seed)
+    prompts = [row["prompt"] for row in claims.read_lines(start["data"] / "test_prompts.jsonl")]
+    prompts = prompts[:max(2, round(scale * PROMPTS))]
+    said = claims.answers(policy, tokenizer, prompts)
+    places = [(row, count) for row, (_, response) in enumerate(said)            # tokens read; not the last, EOS
+              for count in rng.sample(range(1, len(response)), min(PLACES, len(response) - 1))]
+    prefixes = [(said[row][0], said[row][1][:count]) for row, count in places]
+    completed = claims.completions(policy, tokenizer, prefixes, max(4, round(scale * COMPLETIONS)))
+    true = [[atlas.oracle(prompts[row], claims.text(tokenizer, response)) for response in responses]
+            for (row, _), responses in zip(places, completed)]
+    truth = [statistics.mean(scores) for scores in true]
+    noise = [statistics.variance(scores) / len(scores) for scores in true]
+    each = [(tuple(prefix[0]), tuple(response)) for prefix, responses in zip(prefixes, completed)
+            for response in responses]
+    unique = list(dict.fromkeys(each))                        # late in an answer most completions are the same
+
+    # What the critics learn from: pi_SFT's own answers.
+    torch.manual_seed(seed + 1000)
+    questions = [row["prompt"] for row in claims.read_lines(start["data"] / "rl.jsonl")]
+    count = max(32, round(scale * ROLLOUTS))
+    questions = (questions * math.ceil(count / len(questions)))[:count]
+    rollouts = [{"prompt": prompt, "response": claims.text(tokenizer, response)}
+                for first in range(0, count, AT_ONCE)
+                for prompt, (_, response) in zip(questions[first:first + AT_ONCE],
+                                                 claims.answers(policy, tokenizer, questions[first:first + AT_ONCE]))]
+    rollouts = [row for row in rollouts if row["response"].strip()]             # an empty answer is a bad row
+    rolled = [claims.sequence(tokenizer, row["prompt"], row["response"]) for row in rollouts]
+
+    def at_places(values):
+        return [values[row][count] for row, count in places]                    # values[row][0] is V(s_1)
+
+    values, found = {"truth": truth}, {}
+    for share in SHARES:
+        judge, gvm = train_on_pairs(folder, sft, start, share)
+        line = statistics.linear_regression(reward_scores(judge, known[0], pad_id), known[1])
+        off = [a - b for a, b in zip(on_line(line, reward_scores(judge, held_out[0], pad_id)), held_out[1])]
+        found[share] = {"epsilon_R": error(off, [0.0])}       # the oracle's reward has no Monte Carlo error
+
+        labels = on_line(line, reward_scores(judge, rolled, pad_id))
+        data = folder / f"equivalence_rollouts_{share}"
+        claims.write_lines(data / "scored.jsonl", [row | {"reward": y} for row, y in zip(rollouts, labels)])
+        for epochs in (3, 6) if share == "1" else (3,):
+            name = "critic" if epochs == 3 else "critic, 6 epochs"
+            critic = claims.train_gvm(folder / f"equivalence_critic_{share}_{epochs}", sft, start, data=data,
+                                      epochs=epochs)
+            values[share, name] = at_places(claims.token_values(critic, said, pad_id))
+        scores = dict(zip(unique, on_line(line, reward_scores(judge, unique, pad_id))))
+        believed = [[scores[tuple(prefix[0]), tuple(response)] for response in responses]
+                    for prefix, responses in zip(prefixes, completed)]
+        values[share, "backup"] = [statistics.mean(row) for row in believed]
+        line = statistics.linear_regression([v[-1] for v in claims.token_values(gvm, known[0], pad_id)], known[1])
+        values[share, "GVM"] = on_line(line, at_places(claims.token_values(gvm, said, pad_id)))
+
+        # The backup shares the truth's completions, and most of its luck. Its noise is that of R - r, not that of r.
+        paired = [statistics.variance([a - b for a, b in zip(*both)]) / len(both[0]) for both in zip(believed, true)]
+        for key in [key for key in values if key[0] == share]:
+            off = [a - b for a, b in zip(values[key], truth)]
+            found[share][key[1]] = error(off, paired if key[1] == "backup" else noise)
+
+    gradients, mean_norm = policy_gradients(policy, prefixes, torch.tensor(list(values.values())))
+    gradient = dict(zip(values, gradients))
+    for share in SHARES:
+        own = gradient[share, "GVM"]
+        for name in [key[1] for key in values if key[0] == share]:
+            g, result = gradient[share, name], found[share][name]
+            result |= {"norm": g.norm().item(), "cosine with truth": cosine(g, gradient["truth"])}
+            if name != "GVM":
+                gap, to_gvm = (g - own).norm().item(), found[share]["GVM"]
+                result |= {"gap": gap, "relative gap": gap / own.norm().item(), "cosine with GVM": cosine(g, own)}
+                result |= {f"bound, {kind}": (result[kind] + to_gvm[kind]) * mean_norm for kind in ("rms", "max")}
+    return found | {"truth": {"rms standard error": statistics.mean(noise) ** 0.5, "places": len(places),
+                              "norm": gradient["truth"].norm().item(), "mean norm of grad log pi": mean_norm,
+                              "ended": statistics.mean(response[-1] == end for _, response in said)}}
+
+
+# ---- 4. The answer ----
+def main():
+    args, started = claims.parse(__doc__), time.time()
+    seeds = claims.over_seeds(run_seed, args)
+
+    def per_seed(share, name, key):
+        return [seed[share][name][key] for seed in seeds.values()]
+
+    def minus(a, b):
+        return [x - y for x, y in zip(a, b)]
+
+    few, every, found = SHARES[0], SHARES[-1], {}
+    for name, words in (("epsilon_R", "the reward model's error"), ("critic", "the critic's error"),
+                        ("backup", "the backup's error"), ("GVM", "the GVM's error")):
+        less = minus(per_seed(few, name, "rms"), per_seed(every, name, "rms"))
+        found[f"{words} shrinks from {few} of the pairs to all"] = verdict(less), (
+            f"{cell(per_seed(few, name, 'rms'))} to {cell(per_seed(every, name, 'rms'))}; less by {cell(less)}")
+    for name in DERIVED:
+        for key in ("gap", "relative gap"):
+            less = minus(per_seed(few, name, key), per_seed(every, name, key))
+            words = "the gradient gap" + (", as a share of the GVM's gradient," if key != "gap" else "")
+            found[f"{words} between {name} and GVM shrinks from {few} of the pairs to all"] = verdict(less), (
+                f"{cell(per_seed(few, name, key))} to {cell(per_seed(every, name, key))}; less by {cell(less)}")
+    held, loose, cases = {}, {}, len(seeds) * len(SHARES) * len(DERIVED)
+    for kind, words in (("rms", "root mean square"), ("max", "largest")):
+        pairs = [(seed[share][name]["gap"], seed[share][name][f"bound, {kind}"])
+                 for seed in seeds.values() for share in SHARES for name in DERIVED]
+        held[kind] = sum(gap <= bound for gap, bound in pairs)
+        loose[kind] = statistics.median(bound / gap for gap, bound in pairs)
+        found[f"Lemma 3.1: the gap is under the bound of the {words} errors, every seed, share, critic and backup"] = (
+            "confirmed" if held[kind] == cases else "not confirmed"), (
+            f"{held[kind]} of {cases}; the bound is {loose[kind]:.1f} times the gap (median)")
+    spare = minus(per_seed(every, "GVM", "norm"), per_seed(every, "critic", "bound, rms"))
+    found["with all pairs the bound of the root mean square errors says something: it is below the GVM's gradient"] = (
+        verdict(spare), f"gradient {cell(per_seed(every, 'GVM', 'norm'))}, bound "
+                        f"{cell(per_seed(every, 'critic', 'bound, rms'))}")
+    for name in ("critic", "critic, 6 epochs", "backup"):
+        ahead = minus(per_seed(every, "GVM", "cosine with truth"), per_seed(every, name, "cosine with truth"))
+        found[f"with all pairs the GVM's gradient is nearer to the true one than the gradient of the {name}"] = (
+            verdict(ahead),
+            f"cosine {cell(per_seed(every, 'GVM', 'cosine with truth'))} and "
+            f"{cell(per_seed(every, name, 'cosine with truth'))}; ahead by {cell(ahead)}")
+    still = minus(per_seed(every, "critic", "rms"), per_seed(every, "critic, 6 epochs", "rms"))
+    found["the critic still improves from 3 to 6 epochs"] = verdict(still), f"error less by {cell(still)}"
+
+    mean = {key: statistics.mean(per_seed(share, name, what)) for key, share, name, what in (
+        ("few", few, "critic", "gap"), ("all", every, "critic", "gap"), ("relative", every, "critic", "relative gap"),
+        ("cosine", every, "critic", "cosine with GVM"), ("GVM", every, "GVM", "cosine with truth"),
+        ("critic", every, "critic", "cosine with truth"), ("backup", every, "backup", "cosine with truth"))}
+    finding = (f"From {few} of the pairs to all of them the gap between the gradients of critic and GVM goes from "
+               f"{mean['few']:.3f} to {mean['all']:.3f}; that is then {mean['relative']:.2f} of the GVM's gradient, "
+               f"and the cosine of the two is {mean['cosine']:.2f}. The bound of the root mean square errors holds in "
+               f"{held['rms']} of {cases} cases and is {loose['rms']:.1f} times the gap. With all pairs the cosine "
+               f"with the true gradient is {mean['GVM']:.2f} for the GVM, {mean['critic']:.2f} for the critic and "
+               f"{mean['backup']:.2f} for the backup.")
+    truth = [seed["truth"] for seed in seeds.values()]
+    tables = [f"Truth: {statistics.mean(t['places'] for t in truth):.0f} (state, action) pairs per seed, root mean "
+              f"square standard error {cell([t['rms standard error'] for t in truth])}; its gradient has norm "
+              f"{cell([t['norm'] for t in truth])}, grad log pi a mean norm of "
+              f"{cell([t['mean norm of grad log pi'] for t in truth], 2)}. The noise of the truth lowers its cosines "
+              "with critic and GVM alike; less so with the backup, which shares the completions.", "",
+              "| pairs | epsilon_R: rms | largest |", "|---|---|---|"]
+    tables += [f"| {share} | {cell(per_seed(share, 'epsilon_R', 'rms'))} | "
+               f"{cell(per_seed(share, 'epsilon_R', 'max'))} |" for share in SHARES]
+    tables += ["", "| pairs | value | error, rms | largest | norm of gradient | cosine with truth | cosine with GVM | "
+               "gap to GVM | bound, rms | bound, largest |", "|---" * 10 + "|"]
+    for share in SHARES:
+        for name in ("critic", *["critic, 6 epochs"] * (share == every), "backup", "GVM"):
+            keys = ("rms", "max", "norm", "cosine with truth") + ("cosine with GVM", "gap", "bound, rms",
+                                                                  "bound, max") * (name != "GVM")
+            cells = [cell(per_seed(share, name, key)) for key in keys] + [""] * (8 - len(keys))
+            tables.append(f"| {share} | {name} | {' | '.join(cells)} |")
+
+    picture, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+
+    def draw(axes, name, key, **style):
+        means, lows, highs = zip(*(interval(per_seed(share, name, key)) for share in SHARES))
+        axes.errorbar([float(share) for share in SHARES], means, [[m - low for m, low in zip(means, lows)],
+                      [high - m for m, high in zip(means, highs)]], marker="o", capsize=2, **style)
+
+    for name, colour in (("epsilon_R", "tab:gray"), ("critic", "tab:orange"), ("backup", "tab:green"),
+                         ("GVM", "tab:blue")):
+        draw(left, name, "rms", color=colour, label="reward model, whole answers" if name == "epsilon_R" else name)
+    draw(right, "critic", "bound, max", color="tab:orange", linestyle=":", label="bound, critic and GVM (largest)")
+    draw(right, "critic", "bound, rms", color="tab:orange", linestyle="--", label="bound, critic and GVM (rms)")
+    draw(right, "critic", "gap", color="tab:orange", label="gap, critic and GVM")
+    draw(right, "backup", "gap", color="tab:green", label="gap, backup and GVM")
+    draw(right, "GVM", "norm", color="tab:blue", label="the GVM's gradient itself")
+    left.set(xlabel="share of the pairs", ylabel="error (score units, rms)", xscale="log", ylim=(0, None),
+             title=f"Errors against the truth ({len(seeds)} seeds)")
+    right.set(xlabel="share of the pairs", ylabel="norm (score units per unit of weight)", xscale="log", yscale="log",
+              title=f"Policy gradients and their bounds ({len(seeds)} seeds)")
+    for axes in (left, right):
+        axes.set_xticks([float(share) for share in SHARES], SHARES)
+        axes.minorticks_off()
+    left.legend(fontsize=7)
+    right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)      # inside it hides curves
+    claims.report("equivalence", args, __doc__, seeds, found, tables, finding, picture)
+    print(f"{time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
