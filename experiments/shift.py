@@ -1,0 +1,256 @@
+"""Distribution shift: how far a frozen value model can be trusted away from its data, and what DVPO still gains there.
+
+Hypothesis  On questions unlike those of its training, and on answers of policies unlike those in its data, the GVM's
+            values are worse. DVPO still gains over SFT with such a GVM, but less than with one that knows them.
+Method      One world per seed. Questions: a GVM is trained without one of the four kinds of question (kind number seed
+            modulo 4); another without a quarter of the countries; a control on as many rows of all questions. (The SFT
+            model, from which all three start, has seen every kind and country.) DVPO, 30 steps, on new prompts of the
+            unseen sort only, with the GVM that never saw it and with the control; judged on held-out prompts of that
+            sort. Policies: the GVM of all data meets answers of the five behaviour policies' mixture, which wrote its
+            data; of SFT; of DVPO's final policy; of SFT at temperature 2; and of a "stranger", a program that is rude
+            and chatty at once, right half of the time. The stranger's answers are also held against what the mixture
+            would make of them: that part of the error is due to unlike text, the rest to another way to go on.
+            Values are compared with the true Q of the policy that wrote the answer (Monte Carlo: 200 completions of a
+            program, 32 of a language model) at random prefixes of answers to held-out prompts. The squared standard
+            error of the truth is taken off both the squared error and the variance of Q. Explained = 1 - error /
+            variance: 1 is perfect, 0 no better than to say the mean everywhere.
+Command     python experiments/shift.py --seeds 21 22 23 24 25        (part of make claims)
+Result      results/shift.json, results/shift.md, results/shift.png
+"""
+import random
+import statistics
+import time
+from unittest.mock import patch
+
+import claims                                                 # first: it finds the project's root
+import atlas
+import matplotlib.pyplot as plt
+import torch
+from claims import cell, interval, verdict
+
+ROWS = 4000                                                   # of training data for each of the three GVMs
+PREFIXES, BY_PROGRAM, BY_MODEL = 120, 200, 32                 # prefixes per policy; completions of each
+STRANGER = atlas.Behaviour(right=.5, full=.5, extra=1.0, extra_right=.5, polite=.0, rude=1.0, ramble=.6, closing=.9)
+SORTS = {"kind": "an unseen kind of question", "countries": "unseen countries"}
+
+
+# ---- 1. Truth at random prefixes: [((prompt ids, response ids), tokens read, true Q, its squared standard error)] ----
+def of_program(policy, rows, tokenizer, n, rng):
+    """At one random prefix of each {"prompt", "response"}; from no token (V(s_1)) to all of them (the reward)."""
+    points = []
+    for row in rows:
+        prompt, response = sequence = claims.sequence(tokenizer, row["prompt"], row["response"])
+        count = rng.randint(0, len(response))
+        prefix = tokenizer.decode(response[:count]).removesuffix(tokenizer.eos_token)
+        if not row["response"].startswith(prefix):            # half a character
+            continue
+        prefix += atlas.END if count == len(response) else ""
+        mean, error = atlas.true_value(policy, row["prompt"], prefix, n)
+        points.append((sequence, count, mean, error ** 2))
+    return points
+
+
+def of_model(policy, tokenizer, prompts, n, rng):
+    """The same of a language model's own answers: the prefix goes on as the tokens it is, whole characters or not."""
+    sequences = claims.answers(policy, tokenizer, prompts)
+    counts = [rng.randint(0, len(response)) for _, response in sequences]
+    prefixes = [(prompt, response[:count]) for (prompt, response), count in zip(sequences, counts)]
+    truths = claims.true_values(prompts, tokenizer, claims.completions(policy, tokenizer, prefixes, n))
+    return [(sequence, count, *truth) for sequence, count, truth in zip(sequences, counts, truths)]
+
+
+def compare(values, points):
+    """How near values are to the truth: {"error", "variance" of the true Q, "explained", "noise" of the truth}."""
+    squared = [(value - truth) ** 2 - error for value, (_, _, truth, error) in zip(values, points, strict=True)]
+    noise = statistics.mean(error for *_, error in points)
+    error, variance = statistics.mean(squared), statistics.variance(truth for _, _, truth, _ in points) - noise
+    # In a trial a few bad answers may be equally bad; the floor keeps that from being a division by 0.
+    return {"error": error, "variance": variance, "explained": 1 - error / max(variance, 1e-3), "noise": noise ** 0.5}
+
+
+def value_error(gvm, points, pad_id):
+    lines = claims.token_values(gvm, [sequence for sequence, *_ in points], pad_id)
+    return compare([line[count] for line, (_, count, *_) in zip(lines, points)], points)
+
+
+def pair_accuracy(gvm, pairs, tokenizer):
+    """Share of pairs whose better answer has the higher mean token value; a tie counts half."""
+    lines = claims.token_values(gvm, [claims.sequence(tokenizer, pair["prompt"], pair[side]) for pair in pairs
+                                      for side in ("chosen", "rejected")], tokenizer.pad_token_id)
+    means = [statistics.mean(line[1:]) for line in lines]     # without V(s_1), which is the same for both
+    return statistics.mean((a > b) + 0.5 * (a == b) for a, b in zip(means[0::2], means[1::2]))
+
+
+# ---- 2. One seed ----
+def questions_shift(folder, seed, scale, start, sft, tokenizer):
+    """{sort of question: {"score" of SFT, "without" and "control": {"score", "nats", "length", "pairs", "explained",
+    ...}}}, all on held-out questions of that sort."""
+    rng, data = random.Random(f"shift {seed}"), start["data"]
+    kind = list(atlas.WORDINGS)[seed % len(atlas.WORDINGS)]
+    countries = set(rng.sample([country.name for country in atlas.COUNTRIES], len(atlas.COUNTRIES) // 4))
+
+    def is_new(sort, row):
+        asks, country = atlas.QUESTIONS[row["prompt"]]
+        return asks == kind if sort == "kind" else country.name in countries
+
+    def unseen(sort, name):
+        rows = claims.read_lines(data / f"{name}.jsonl")
+        return [row for row in rows if is_new(sort, row)] or rows              # a trial's few rows may hold none
+
+    scored = claims.read_lines(data / "scored.jsonl")
+    known = {"control": scored} | {sort: [row for row in scored if not is_new(sort, row)] for sort in SORTS}
+    rows = min(max(64, round(scale * ROWS)), *map(len, known.values()))        # for all three the same number
+    gvms, online = {}, {"model": sft, "steps": claims.steps(scale, 30)}
+    for name, some in known.items():
+        place = folder / f"shift_data_{name}"                 # without test_pairs.jsonl: pairs are compared here
+        claims.write_lines(place / "scored.jsonl", some[:rows])                # the file is in random order
+        gvms[name] = claims.train_gvm(folder / f"shift_gvm_{name}", sft, start | {"data": place})
+
+    found = {}
+    for sort in SORTS:
+        place, prompts = folder / f"shift_data_{sort}", unseen(sort, "rl")
+        claims.write_lines(place / "rl.jsonl", prompts)
+        claims.write_lines(place / "test_prompts.jsonl", unseen(sort, "test_prompts"))
+        flags = online | start | {"data": place, "batch_size": 64 if len(prompts) >= 64 else 32}
+        answers = unseen(sort, "test_scored")[:max(8, round(scale * PREFIXES))]
+        points = of_program("any", answers, tokenizer, max(2, round(scale * BY_PROGRAM)), rng)
+        runs = {which: claims.train("train_dvpo", folder / f"shift_dvpo_{sort}_{which}", gvm=gvms[gvm], **flags)
+                for which, gvm in (("without", sort), ("control", "control"))}
+        judged = claims.judge(folder / f"shift_{sort}.log", sft, runs.values(), start | {"data": place},
+                              samples=max(2, round(scale * 8)))
+        found[sort] = {"unseen": kind if sort == "kind" else sorted(countries), "prompts": len(prompts),
+                       "score": judged[sft.name]["score"]}
+        for which, gvm in (("without", sort), ("control", "control")):
+            found[sort][which] = judged[runs[which].name] | value_error(gvms[gvm], points, tokenizer.pad_token_id)
+            found[sort][which]["pairs"] = pair_accuracy(gvms[gvm], unseen(sort, "test_pairs"), tokenizer)
+    return found
+
+
+def policies_shift(seed, scale, start, sft, gvm, dvpo):
+    """{policy: what `compare` says of the GVM on its answers}."""
+    rng = random.Random(f"policies {seed}")
+    prompts = [row["prompt"] for row in claims.read_lines(start["data"] / "test_prompts.jsonl")]
+    prompts = rng.sample(prompts, min(len(prompts), max(8, round(scale * PREFIXES))))
+    by_program, by_model = (max(2, round(scale * n)) for n in (BY_PROGRAM, BY_MODEL))
+    policy, tokenizer = claims.load_policy(sft)
+
+    def answers(name):
+        return [{"prompt": prompt, "response": atlas.complete(name, prompt, "", 1, rng)[0]} for prompt in prompts]
+
+    points = {"the data's mixture": of_program("any", answers("any"), tokenizer, by_program, rng)}
+    torch.manual_seed(seed)
+    points["SFT"] = of_model(policy, tokenizer, prompts, by_model, rng)
+    points["DVPO"] = of_model(claims.load_policy(dvpo)[0], tokenizer, prompts, by_model, rng)
+    # A temperature is a division of the logits. generate() has one too, but `rollout` leaves it at 1.
+    policy.get_output_embeddings().register_forward_hook(lambda layer, states, logits: logits / 2)
+    points["SFT, temperature 2"] = of_model(policy, tokenizer, prompts, by_model, rng)
+    with patch.dict(atlas.POLICIES, stranger=STRANGER):       # not for longer: "any" is all that stand there
+        strange, state = answers("stranger"), rng.getstate()
+        points["stranger"] = of_program("stranger", strange, tokenizer, by_program, rng)
+    rng.setstate(state)                                       # the same prefixes once more
+    points["stranger, mixture goes on"] = of_program("any", strange, tokenizer, by_program, rng)
+    return {name: value_error(gvm, found, tokenizer.pad_token_id) for name, found in points.items()}
+
+
+def run_seed(folder, seed, scale):
+    """{"questions": see questions_shift, "policies": see policies_shift}."""
+    start, sft = claims.base(folder, seed, scale)
+    gvm = claims.train_gvm(folder / "gvm", sft, start)
+    dvpo = claims.train("train_dvpo", folder / "dvpo", model=sft, gvm=gvm, steps=claims.steps(scale), **start)
+    tokenizer = claims.load_policy(sft)[1]
+    return {"questions": questions_shift(folder, seed, scale, start, sft, tokenizer),
+            "policies": policies_shift(seed, scale, start, sft, gvm, dvpo)}
+
+
+# ---- 3. The answer ----
+def draw(seeds, gains, explained):
+    picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
+    for offset, which, label, colour in ((-0.18, "without", "GVM never saw them", "tab:red"),
+                                         (0.18, "control", "GVM saw all, as many rows", "tab:blue")):
+        for x, sort in enumerate(SORTS):
+            mean, low, high = interval(gains[sort, which])
+            left.bar(x + offset, mean, 0.34, yerr=[[mean - low], [high - mean]], color=colour, capsize=4,
+                     label=label if x == 0 else None)
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set_xticks(range(len(SORTS)), SORTS.values())
+    left.set(ylabel="gain of DVPO over SFT (oracle score, -1 to 1)",
+             title=f"DVPO on unseen questions ({len(seeds)} seeds, 95 % intervals)")
+    left.legend(fontsize=8)
+    for x, values in enumerate(explained.values()):
+        mean, low, high = interval(values)
+        right.bar(x, mean, 0.6, yerr=[[mean - low], [high - mean]], color="tab:blue", capsize=4)
+    right.axhline(0, color="black", linewidth=0.8)
+    lowest = min(statistics.mean(values) for values in explained.values())
+    right.set_ylim(max(-1.0, min(-0.1, lowest - 0.2)), 1.05)  # how far below -1 does not matter
+    right.set_xticks(range(len(explained)), [name.replace(", ", ",\n") for name in explained], fontsize=7, rotation=20)
+    right.set(ylabel="share of the true Q's variance explained\n(1: perfect; 0: the mean; cut at -1)",
+              title="The frozen GVM, policy by policy")
+    return picture
+
+
+def main():
+    args, started = claims.parse(__doc__), time.time()
+    seeds = claims.over_seeds(run_seed, args)
+    worlds, policies = list(seeds.values()), list(next(iter(seeds.values()))["policies"])
+
+    def minus(a, b):
+        return [x - y for x, y in zip(a, b)]
+
+    def question(sort, which, key):
+        return [seed["questions"][sort][which][key] for seed in worlds]
+
+    def policy(name, key):
+        return [seed["policies"][name][key] for seed in worlds]
+
+    sft = {sort: [seed["questions"][sort]["score"] for seed in worlds] for sort in SORTS}
+    gains = {(sort, which): minus(question(sort, which, "score"), sft[sort])
+             for sort in SORTS for which in ("without", "control")}
+    explained = {name: policy(name, "explained") for name in policies}
+    found = {}
+    for sort, words in SORTS.items():
+        lost = minus(question(sort, "control", "explained"), question(sort, "without", "explained"))
+        pairs = minus(question(sort, "control", "pairs"), question(sort, "without", "pairs"))
+        less = minus(gains[sort, "control"], gains[sort, "without"])
+        found[f"on {words} the GVM explains less of the true Q than the control"] = (
+            verdict(lost), f"explained, control minus without {cell(lost)}; pair accuracy {cell(pairs)}")
+        found[f"on {words} DVPO still gains over SFT"] = (
+            verdict(gains[sort, "without"]), f"score {cell(gains[sort, 'without'])}")
+        found[f"on {words} DVPO gains less than with the control"] = (
+            verdict(less), f"gain, control minus without {cell(less)}")
+    for name in ("DVPO", "SFT, temperature 2", "stranger"):
+        gap = minus(explained["the data's mixture"], explained[name])
+        found[f"the GVM explains less of the true Q on answers of {name} than on the data's mixture"] = (
+            verdict(gap), f"explained, mixture minus {name} {cell(gap)}")
+
+    shares = {name: f"{statistics.mean(values):.0%}" for name, values in explained.items()}
+    finding = ("; ".join(f"on {words} DVPO gained {cell(gains[sort, 'without'])} over SFT (with the control GVM "
+                         f"{cell(gains[sort, 'control'])})" for sort, words in SORTS.items())
+               + f"; the GVM explained {shares[policies[0]]} of the variance of the true Q on answers like its data's, "
+                 f"{shares['SFT']} on those of SFT, {shares['DVPO']} on those of DVPO, {shares['stranger']} on those "
+                 "of the stranger.")
+    finding = finding[0].upper() + finding[1:]
+    tables = ["## Questions: values and policies where the GVM was not trained", "",
+              "| GVM | explained | squared error | pair accuracy | DVPO's score | gain over SFT | KL (nats) |",
+              "|---" * 7 + "|"]
+    for sort, words in SORTS.items():
+        tables.append(f"| (SFT, on {words}) | | | | {cell(sft[sort])} | | |")
+        for which in ("without", "control"):
+            cells = [cell(question(sort, which, key)) for key in ("explained", "error", "pairs", "score")]
+            tables.append(f"| {which}, on {words} | {' | '.join(cells)} | {cell(gains[sort, which])} | "
+                          f"{cell(question(sort, which, 'nats'), 2)} |")
+    noise = {sort: statistics.mean(x ** 2 for x in question(sort, "control", "noise")) ** 0.5 for sort in SORTS}
+    tables += ["", "Root mean square standard error of the truth: "
+               + ", ".join(f"{noise[sort]:.3f} ({words})" for sort, words in SORTS.items()) + ". It is taken off.", "",
+               "## Policies: the GVM of all data on their answers", "",
+               "| answers of | explained | squared error | variance of the true Q | standard error of the truth |",
+               "|---" * 5 + "|"]
+    for name in policies:
+        cells = [cell(policy(name, key)) for key in ("explained", "error", "variance")]
+        tables.append(f"| {name} | {' | '.join(cells)} | "
+                      f"{statistics.mean(x ** 2 for x in policy(name, 'noise')) ** 0.5:.3f} |")
+    claims.report("shift", args, __doc__, seeds, found, tables, finding, draw(seeds, gains, explained))
+    print(f"{time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
