@@ -4,7 +4,7 @@ Hypothesis  A = Q - V accumulated by GAE (lambda 0.95) gives a better policy tha
             other lambdas, and than the released code's formula. A GVM trained with td_lambda 0.95 ranks held-out
             answers better than one by Eq. (1) to the letter (0), by 0.5 or by Monte Carlo returns (1), and gives a
             better policy. Supervision by pairs is as good as by scores (Table 9 has pairs 2.6 to 5.5 points ahead).
-Method      One world per seed. DVPO, 40 steps of 64 rollouts from the same SFT model: six ways to form the advantage
+Method      One world per seed. DVPO, 40 steps of 64 rollouts from the same SFT model: five ways to form the advantage
             from one GVM; and one way with five GVMs, that differ in td_lambda or in their supervision (pairs: +1 for
             the better answer, -1 for the worse one). Every GVM makes two passes over its data and every policy has the
             same learning rate: a setting that only learns more slowly loses by it. Judged by the oracle on held-out
@@ -28,7 +28,6 @@ from claims import cell, interval, verdict
 ADVANTAGES = {
     "q": ("advantage_q", {"advantage": "q"}),
     "gae 0": ("advantage_gae_0", {"advantage": "gae", "gae_lambda": 0.0}),
-    "gae 0.5": ("advantage_gae_0.5", {"advantage": "gae", "gae_lambda": 0.5}),
     "gae 0.95": ("dvpo", {"advantage": "gae", "gae_lambda": 0.95}),
     "gae 1": ("advantage_gae_1", {"advantage": "gae", "gae_lambda": 1.0}),
     "released": ("advantage_released", {"advantage": "released"}),

@@ -5,6 +5,7 @@ runs/claims/seedN the world, the SFT model, the value models and policies of one
 run asks `train` for it; what is there already is not made again, so that a stopped `make claims` goes on.
 """
 import argparse
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -195,16 +196,25 @@ def parse(description):
 
 
 def over_seeds(run_seed, args):
-    """{seed: run_seed(folder, seed, scale)}."""
-    jobs = [(Path(args.runs) / f"seed{seed}", seed, args.scale) for seed in args.seeds]
+    """{seed: run_seed(folder, seed, scale)}. What a seed has found is kept, and found again once the script that found
+    it has changed, up to the section that puts the answer together."""
     torch.set_num_threads(1)
+    text = Path(run_seed.__code__.co_filename).read_text(encoding="utf-8")
+    version = hashlib.sha256(text[text.index("\nimport "):text.index("The answer ----")].encode()).hexdigest()
+    name = f"{Path(run_seed.__code__.co_filename).stem}_found.json"
+    jobs = {seed: (Path(args.runs) / f"seed{seed}", seed, args.scale) for seed in args.seeds}
+    kept = {seed: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+            for seed, (folder, _, _) in jobs.items()}
+    jobs = {seed: job for seed, job in jobs.items() if kept[seed].get("made by") != [version, args.scale]}
     if args.jobs == 1:
-        found = [run_seed(*job) for job in jobs]
+        found = map(lambda job: run_seed(*job), jobs.values())
     else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) as pool:
-            found = list(pool.map(run_seed, *zip(*jobs)))
-    return dict(zip(map(str, args.seeds), found))
+        pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+        found = pool.map(run_seed, *zip(*jobs.values())) if jobs else []
+    for seed, one in zip(jobs, found, strict=True):
+        kept[seed] = {"made by": [version, args.scale], "found": one}
+        (jobs[seed][0] / name).write_text(json.dumps(kept[seed]), encoding="utf-8")
+    return {str(seed): kept[seed]["found"] for seed in args.seeds}
 
 
 def interval(values):

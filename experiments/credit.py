@@ -3,7 +3,7 @@
 Hypothesis  The GVM says at which token an answer goes wrong (Figure 3), better than PPO's critic, and better than the
             reward model read at every token as if each prefix were an answer ("finer-grained and more accurate
             supervision at the token level", section 6.1). td_lambda 0.95 gives better credit than 0 and than 1.
-Method      One world per seed. Held-out answers with exactly one wrong fact and at least one right one, at most 200.
+Method      One world per seed. Held-out answers with exactly one wrong fact and at least one right one, at most 150.
             The wrong token is the first at which the wrong sentence parts from every right one that could stand there.
             An estimator's advantage of a token is A_t = Q_t - Q_{t-1}; its largest drop is where A_t is lowest. EOS is
             left out: the critic has no value there. The true Q is that of the mixture of all behaviour policies (what
@@ -28,7 +28,7 @@ import torch
 from claims import cell, interval, verdict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-ANSWERS, COMPLETIONS = 200, 200                               # answers per seed, and completions of every prefix
+ANSWERS, COMPLETIONS = 150, 200                               # answers per seed, and completions of every prefix
 ESTIMATORS = ("GVM, lambda 0.95", "GVM, lambda 0", "GVM, lambda 1", "PPO's critic", "token-wise RM")
 OURS, *RIVALS = ESTIMATORS
 MEASURES = {"exact": "at the wrong token", "near": "within one token", "correlation": "correlation with the truth"}

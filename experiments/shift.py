@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 import torch
 from claims import cell, interval, verdict
 
-ROWS = 4000                                                   # of training data for each of the three GVMs
+ROWS = 3000                                                   # of training data for each of the three GVMs
 PREFIXES, BY_PROGRAM, BY_MODEL = 120, 200, 32                 # prefixes per policy; completions of each
 STRANGER = atlas.Behaviour(right=.5, full=.5, extra=1.0, extra_right=.5, polite=.0, rude=1.0, ramble=.6, closing=.9)
 SORTS = {"kind": "an unseen kind of question", "countries": "unseen countries"}
@@ -117,7 +117,7 @@ def questions_shift(folder, seed, scale, start, sft, tokenizer):
         runs = {which: claims.train("train_dvpo", folder / f"shift_dvpo_{sort}_{which}", gvm=gvms[gvm], **flags)
                 for which, gvm in (("without", sort), ("control", "control"))}
         judged = claims.judge(folder / f"shift_{sort}.log", sft, runs.values(), start | {"data": place},
-                              samples=max(2, round(scale * 8)))
+                              samples=max(2, round(scale * 6)))
         found[sort] = {"unseen": kind if sort == "kind" else sorted(countries), "prompts": len(prompts),
                        "score": judged[sft.name]["score"]}
         for which, gvm in (("without", sort), ("control", "control")):

@@ -27,7 +27,7 @@ import train_gvm
 from claims import cell, interval, verdict
 
 PAIRS = (0, 1, 2, 4)                                          # K; the claims are about the last, the tables about all
-ROWS, ANSWERS, STATES = 4000, 40, 100                         # of training; per behaviour policy; per language model
+ROWS, ANSWERS, STATES = 3000, 40, 100                         # of training; per behaviour policy; per language model
 MAX_LENGTH = 512                                              # at the default 256 tau would lose the chatty's answers
 PLACES = ("first", "middle", "before last", "last")
 POLICIES = {"SFT": "the SFT model", "DVPO": "DVPO's policy"}
