@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
@@ -206,14 +206,11 @@ def over_seeds(run_seed, args):
     kept = {seed: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
             for seed, (folder, _, _) in jobs.items()}
     jobs = {seed: job for seed, job in jobs.items() if kept[seed].get("made by") != [version, args.scale]}
-    if args.jobs == 1:
-        found = map(lambda job: run_seed(*job), jobs.values())
-    else:
-        pool = ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
-        found = pool.map(run_seed, *zip(*jobs.values())) if jobs else []
-    for seed, one in zip(jobs, found, strict=True):
-        kept[seed] = {"made by": [version, args.scale], "found": one}
-        (jobs[seed][0] / name).write_text(json.dumps(kept[seed]), encoding="utf-8")
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if args.jobs > 1 else nullcontext() as pool:
+        for seed, found in zip(jobs, (pool.map if pool else map)(run_seed, *zip(*jobs.values())) if jobs else ()):
+            kept[seed] = {"made by": [version, args.scale], "found": found}
+            (jobs[seed][0] / name).write_text(json.dumps(kept[seed]), encoding="utf-8")
     return {str(seed): kept[seed]["found"] for seed in args.seeds}
 
 

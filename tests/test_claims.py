@@ -1,4 +1,5 @@
 """make claims: what the experiments share, checked; and each experiment, run through with almost nothing."""
+import argparse
 import ast
 import json
 import runpy
@@ -78,6 +79,33 @@ def test_a_finished_run_is_made_once_and_another_one_again(tmp_path, world, sft_
     assert claims.train("train_gvm", tmp_path / "gvm", **flags) == tmp_path / "gvm" and made.stat().st_mtime_ns == before
     claims.train("train_gvm", tmp_path / "gvm", **flags | {"td_lambda": 0.0})
     assert made.stat().st_mtime_ns > before and json.loads((tmp_path / "gvm" / "args.json").read_text())["td_lambda"] == 0
+
+
+SCRIPT = """import random
+def run_seed(folder, seed, scale):
+    calls.append(seed)
+    return {"twice": 2 * seed}
+# ---- 2. The answer ----
+"""
+
+
+def test_what_a_seed_has_found_is_kept_until_its_script_changes(tmp_path):
+    def over_seeds(text, scale=0.5):
+        (tmp_path / "one.py").write_text(text)
+        script, calls = {}, []
+        exec(compile("\n" + text, tmp_path / "one.py", "exec"), script | {"calls": calls}, script)
+        script["run_seed"].__globals__["calls"] = calls
+        found = claims.over_seeds(script["run_seed"], argparse.Namespace(runs=tmp_path, seeds=[4, 3], jobs=1, scale=scale))
+        assert found == {"4": {"twice": 8}, "3": {"twice": 6}}
+        return calls
+
+    for seed in (3, 4):
+        (tmp_path / f"seed{seed}").mkdir()
+    text = "\n" + SCRIPT
+    assert over_seeds(text) == [4, 3] and over_seeds(text) == []
+    assert over_seeds(text + "print()") == []                                  # another report of the same findings
+    assert over_seeds(text.replace("2 * seed", "seed * 2")) == [4, 3]
+    assert over_seeds(text.replace("2 * seed", "seed * 2"), scale=1.0) == [4, 3]
 
 
 def test_experiments_stand_alone_and_say_hypothesis_method_command_result():
