@@ -133,6 +133,10 @@ def test_every_experiment_runs_through(name, laboratory, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"experiments/{name}.py", "--seeds", "21", "--jobs", "1", "--scale", "0.02", "--runs",
                                       str(laboratory / "runs"), "--output", str(laboratory / "results")])
     monkeypatch.chdir(ROOT)
+    train, online = claims.train, {"batch_size": 8, "mini_batch_size": 4, "max_response_length": 20}
+    monkeypatch.setattr(claims, "LONGEST", 20)
+    monkeypatch.setattr(claims, "train", lambda script, output, **flags: train(
+        script, output, **flags | (online if script in ("train_dvpo", "baselines.ppo") else {})))
     policies, threads = dict(atlas.POLICIES), torch.get_num_threads()
     runpy.run_path(str(ROOT / "experiments" / f"{name}.py"), run_name="__main__")
     torch.set_num_threads(threads)
