@@ -14,9 +14,11 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -195,6 +197,11 @@ def parse(description):
     return args
 
 
+def timed(run_seed, folder, seed, scale):
+    started = time.time()
+    return run_seed(folder, seed, scale), round(time.time() - started)
+
+
 def over_seeds(run_seed, args):
     """{seed: run_seed(folder, seed, scale)}. What a seed has found is kept, and found again once the script that found
     it has changed, up to the section that puts the answer together."""
@@ -208,9 +215,11 @@ def over_seeds(run_seed, args):
     jobs = {seed: job for seed, job in jobs.items() if kept[seed].get("made by") != [version, args.scale]}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if args.jobs > 1 else nullcontext() as pool:
-        for seed, found in zip(jobs, (pool.map if pool else map)(run_seed, *zip(*jobs.values())) if jobs else ()):
-            kept[seed] = {"made by": [version, args.scale], "found": found}
+        done = (pool.map if pool else map)(partial(timed, run_seed), *zip(*jobs.values())) if jobs else ()
+        for seed, (found, seconds) in zip(jobs, done, strict=True):
+            kept[seed] = {"made by": [version, args.scale], "found": found, "seconds": seconds}
             (jobs[seed][0] / name).write_text(json.dumps(kept[seed]), encoding="utf-8")
+    args.seconds = [kept[seed]["seconds"] for seed in args.seeds]
     return {str(seed): kept[seed]["found"] for seed in args.seeds}
 
 
@@ -243,11 +252,12 @@ def report(name, args, doc, seeds, claims, tables, finding, picture):
     commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
     made = {"command": f"python experiments/{name}.py --seeds {' '.join(map(str, args.seeds))}"
             + (f" --scale {args.scale}" if args.scale != 1 else ""), "commit": commit.stdout.strip(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": args.seconds}
     lines = [f"# {doc.splitlines()[0]}", "", *(line.strip() and f"    {line}" for line in doc[
         doc.index("Hypothesis"):doc.index("Command")].rstrip().splitlines()), "",
              f"`{made['command']}`, commit {made['commit']}, {made['machine']}. Mean over the seeds and its 95 % "
-             "interval (Student's t over seeds).", "", "| claim | verdict | numbers |", "|---|---|---|"]
+             f"interval (Student's t over seeds). Seconds per seed, {args.jobs} at a time, without runs that another "
+             f"experiment had made: {', '.join(map(str, args.seconds))}.", "", "| claim | verdict | numbers |", "|---|---|---|"]
     lines += [f"| {claim} | **{word}** | {numbers} |" for claim, (word, numbers) in claims.items()]
     lines += ["", f"![{name}]({name}.png)", "", f"*{finding}*", "", *tables]
     output = Path(args.output)
