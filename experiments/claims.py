@@ -257,7 +257,8 @@ def report(name, args, doc, seeds, claims, tables, finding, picture):
         doc.index("Hypothesis"):doc.index("Command")].rstrip().splitlines()), "",
              f"`{made['command']}`, commit {made['commit']}, {made['machine']}. Mean over the seeds and its 95 % "
              f"interval (Student's t over seeds). Seconds per seed, {args.jobs} at a time, without runs that another "
-             f"experiment had made: {', '.join(map(str, args.seconds))}.", "", "| claim | verdict | numbers |", "|---|---|---|"]
+             f"experiment had made: {', '.join(map(str, args.seconds))}.", "",
+             "| claim | verdict | numbers |", "|---|---|---|"]
     lines += [f"| {claim} | **{word}** | {numbers} |" for claim, (word, numbers) in claims.items()]
     lines += ["", f"![{name}]({name}.png)", "", f"*{finding}*", "", *tables]
     output = Path(args.output)
