@@ -11,7 +11,7 @@ Method      One world per seed. Questions: a GVM is trained without one of the f
             and chatty at once, right half of the time. The stranger's answers are also held against what the mixture
             would make of them: that part of the error is due to unlike text, the rest to another way to go on.
             Values are compared with the true Q of the policy that wrote the answer (Monte Carlo: 200 completions of a
-            program, 32 of a language model) at random prefixes of answers to held-out prompts. The squared standard
+            program, 16 of a language model) at random prefixes of answers to held-out prompts. The squared standard
             error of the truth is taken off both the squared error and the variance of Q. Explained = 1 - error /
             variance: 1 is perfect, 0 no better than to say the mean everywhere.
 Command     python experiments/shift.py --seeds 21 22 23 24 25        (part of make claims)
@@ -29,7 +29,7 @@ import torch
 from claims import cell, interval, verdict
 
 ROWS = 3000                                                   # of training data for each of the three GVMs
-PREFIXES, BY_PROGRAM, BY_MODEL = 120, 200, 32                 # prefixes per policy; completions of each
+PREFIXES, BY_PROGRAM, BY_MODEL = 120, 200, 16                 # prefixes per policy; completions of each
 STRANGER = atlas.Behaviour(right=.5, full=.5, extra=1.0, extra_right=.5, polite=.0, rude=1.0, ramble=.6, closing=.9)
 SORTS = {"kind": "an unseen kind of question", "countries": "unseen countries"}
 
