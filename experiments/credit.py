@@ -208,10 +208,12 @@ def main():
             mean, low, high = interval(per_seed(name, key))
             left.bar(i + shift, mean, 0.4, color=colour, yerr=[[mean - low], [high - mean]], capsize=3,
                      label=MEASURES[key] if i == 0 else None)
-        left.axhline(statistics.mean(per_seed("truth", key)), color=colour, linestyle="--", label="the truth's own")
-        left.axhline(statistics.mean(per_seed("chance", key)), color=colour, linestyle=":", label="chance")
+        left.axhline(statistics.mean(per_seed("truth", key)), color=colour, linestyle="--",
+                     label=f"the truth's own, {MEASURES[key]}")
+        left.axhline(statistics.mean(per_seed("chance", key)), color=colour, linestyle=":",
+                     label=f"chance, {MEASURES[key]}")
     left.set_xticks(range(len(ESTIMATORS)), [name.replace(" ", "\n", 1) for name in ESTIMATORS])
-    left.set(ylabel="share of answers", ylim=(0, 1.3), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1],
+    left.set(ylabel="share of answers", ylim=(0, 1.25), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1],
              title=f"Where the largest drop is (mean of {len(seeds)} seeds, 95 %)")
     left.legend(fontsize=7, ncols=2, loc="upper right")
     places = range(len(example["tokens"]))

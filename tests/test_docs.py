@@ -12,6 +12,7 @@ from conftest import ROOT, read_lines
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "results").glob("*.md"))]
 BASELINES = ["reward_model", "ppo", "grpo", "remax", "dpo"]
 SCRIPTS = {"sft", "train_gvm", "train_dvpo", "prepare_data", "label_rollouts", *(f"baselines/{name}" for name in BASELINES)}
+CLAIMS = re.search("CLAIMS := (.*)", (ROOT / "Makefile").read_text())[1].split()
 COMMANDS = {"evaluate", "figures"}                            # scripts with subcommands
 
 
@@ -165,3 +166,18 @@ def test_the_value_tables_are_what_was_measured():
         assert cells == row(lambda model: model["by_policy"][name]["mean"])
     for name, cells in tables['The "Bellman-style backup"'].items():
         assert cells == row(lambda x: x, ("scores", "pairs"), results["backup_lambda"][name].values())
+
+
+def test_the_readme_s_findings_are_what_was_measured():
+    """Every row of "What we found": its verdict is one of its page's, and each number stands on that page."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## What we found")[1].split("\n## ")[0]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| ") and "results/" in line]
+    measured = [name for name in CLAIMS if (ROOT / "results" / f"{name}.json").exists()]
+    assert measured and {re.search(r"results/(\w+)", row[0])[1] for row in rows} == set(measured)
+    for claim, word, numbers in rows:
+        name = re.search(r"\(results/(\w+)\.md\)", claim)[1]
+        page = (ROOT / "results" / f"{name}.md").read_text(encoding="utf-8")
+        verdicts = {found["verdict"] for found in json.loads((ROOT / "results" / f"{name}.json").read_text())["claims"].values()}
+        assert word.strip(" *") in verdicts, (name, word)
+        missing = [number for number in re.findall(r"\d+\.\d+", numbers) if number not in page]
+        assert not missing, (name, missing)
