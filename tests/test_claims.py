@@ -104,6 +104,7 @@ def test_what_a_seed_has_found_is_kept_until_its_script_changes(tmp_path):
     text = "\n" + SCRIPT
     assert over_seeds(text) == [4, 3] and over_seeds(text) == []
     assert over_seeds(text + "print()") == []                                  # another report of the same findings
+    assert over_seeds('"""A clearer hypothesis."""' + text) == []
     assert over_seeds(text.replace("2 * seed", "seed * 2")) == [4, 3]
     assert over_seeds(text.replace("2 * seed", "seed * 2"), scale=1.0) == [4, 3]
 
