@@ -167,6 +167,9 @@ def draw(seeds, per_seed, refreshes, best):
                       label="old rows in place of (5, 64)" if name == "old rows" else f"{name}: every N steps M")
     left.set(xscale="log", xlabel="true labels of rollouts in all (log scale)", ylabel="oracle score, held-out "
              "questions (-1 to 1)", title=f"Score and labels ({len(seeds)} seeds, 95 % intervals)")
+    counts = sorted({round(statistics.mean(per_seed(name, "labels"))) for name in refreshes})
+    left.set_xticks(counts, counts)
+    left.minorticks_off()
     left.legend(fontsize=6)
     for name, colour in (("frozen", "tab:blue"), (best, "tab:red"), ("PPO", "tab:gray")):
         curve = [statistics.mean(values) for values in zip(*per_seed(name, "curve"))]
