@@ -93,7 +93,7 @@ claims: $(INSTALLED)
 
 test: $(INSTALLED) $(ENGINES)
 	$(PY) -m ruff check .
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
 # Every script under DDP, ZeRO-1 to 3 and FSDP2, two processes on CPU: about 20 minutes.
 test-distributed: $(INSTALLED) $(ENGINES)

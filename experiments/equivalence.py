@@ -11,7 +11,7 @@ Method      One world per seed, and 0.05, 0.2, 0.5 or all of its pairs. Of each 
             appendix B solved by sampling, the mean RM score over completions by pi_SFT. RM and GVM are put on the
             oracle's scale by the straight line that best predicts its rewards of 1,000 training answers from the last
             token.
-            Truth: Q of pi_SFT at two tokens each of 150 answers to held-out questions, 24 completions each scored by
+            Truth: Q of pi_SFT at two tokens each of 150 answers to held-out questions, 16 completions each scored by
             the oracle; the backup uses the same completions. Monte Carlo errors are taken off the mean squared errors,
             but cannot be off the largest ones. Gradient: mean of grad log pi(a|s) (Q - mean Q) at pi_SFT over those
             tokens, the same for every Q: a gradient of one sample, as a training step has. Bound (appendix B): (error
@@ -34,7 +34,7 @@ from claims import cell, interval, verdict
 from transformers import AutoModelForSequenceClassification
 
 SHARES = ("0.05", "0.2", "0.5", "1")                          # of the pairs
-PROMPTS, PLACES, COMPLETIONS = 150, 2, 24                     # of the truth
+PROMPTS, PLACES, COMPLETIONS = 150, 2, 16                     # of the truth
 ROLLOUTS, AT_ONCE, KNOWN = 1024, 256, 1000                    # for the critics; answers that set a scale
 DERIVED = ("critic", "backup")                                # the two values that a reward model implies
 

@@ -114,7 +114,7 @@ def language_model_errors(value_models, policies, start, seed, scale):
         policy, tokenizer = claims.load_policy(policy_folder)
         torch.manual_seed(seed)                        # the same numbers whether the runs were there or not
         said[name], states[name], truths[name] = own_states(
-            policy, tokenizer, prompts, max(8, round(scale * STATES)), max(2, round(scale * 24)), seed)
+            policy, tokenizer, prompts, max(8, round(scale * STATES)), max(2, round(scale * 16)), seed)
     for name, other in (("SFT", "DVPO"), ("DVPO", "SFT")):
         errors[name] = {"truth": statistics.mean(truth for truth, _ in truths[name])}
         for tau, source in (("right", name), ("wrong", other)):

@@ -38,7 +38,7 @@ fsdp_config: {fsdp_version: 2, fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP, fs
 
 def config(engine, folder, bf16=False):
     """The accelerate configuration of an engine, as a file."""
-    head = "num_processes: 2\nnum_machines: 1\n"
+    head = "num_processes: 2\nnum_machines: 1\nmain_process_port: 0\n"      # 0: any free one
     if engine.startswith("zero"):
         (folder / "ds.json").write_text(json.dumps({
             "zero_optimization": {"stage": int(engine[-1]), "stage3_param_persistence_threshold": 0,

@@ -154,7 +154,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(args, labels, tmp_path, monkeyp
 
 def test_two_processes_write_what_one_writes(args, labels, tmp_path):
     done = subprocess.run(list(map(str, [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--main_process_port", 0, "--mixed_precision", "no",
         "--dynamo_backend", "no", "label_rollouts.py", "--models", *args.models, "--reward_model", args.reward_model,
         "--data", args.data, "--output", tmp_path / "out", "--samples", 2, "--test_share", 0.25, "--batch_size", 7])),
         cwd=ROOT, capture_output=True, text=True, env=os.environ)

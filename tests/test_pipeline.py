@@ -57,7 +57,7 @@ def test_the_makefile_knows_what_is_finished():
 def test_two_processes_stop_together_and_go_on(dvpo_args, tmp_path):
     """SIGTERM to the launcher and both processes, as a cluster sends it (the launcher hands it on, too)."""
     command = list(map(str, [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--main_process_port", 0, "--mixed_precision",
         "no", "--dynamo_backend", "no", "tests/launch_cpu.py", "train_dvpo.py", "--model", dvpo_args.model, "--gvm", dvpo_args.gvm, "--data",
         dvpo_args.data, "--output", tmp_path / "two", "--steps", 20, "--batch_size", 8, "--mini_batch_size", 8, "--micro_batch_size", 2,
         "--max_response_length", 12]))
