@@ -148,19 +148,19 @@ def main():
         return f"{cell(at(line, what, 0))} at step 0, {cell(at(line, what, -1))} at step {steps[-1]}"
 
     found, end = {}, f"at step {steps[-1]}"
+    errors = {"error": "squared error", "centred": "centred error"}
     for words, line in (("the GVM goes stale along DVPO", gvm), ("the critic drifts along PPO", live)):
-        grown = minus(at(line, "error", -1), at(line, "error", 0))
-        found[f"{words}: its squared error grows"] = verdict(grown), f"{from_to(line, 'error')}; by {cell(grown)}"
+        for what, name in errors.items():
+            grown = minus(at(line, what, -1), at(line, what, 0))
+            found[f"{words}: its {name} grows"] = verdict(grown), f"{from_to(line, what)}; by {cell(grown)}"
     grown = minus(map(abs, at(gvm, "bias", -1)), map(abs, at(gvm, "bias", 0)))
     found["the GVM goes stale along DVPO: its bias grows, either way"] = (
         verdict(grown), f"bias {from_to(gvm, 'bias')}; its size by {cell(grown)}")
-    for what, words in (("error", "squared error"), ("centred", "centred error")):
-        gap = minus(at(gvm_ppo, what, -1), at(live, what, -1))
-        found[f"{end} of PPO the live critic is nearer to the truth than the GVM: {words}"] = (
-            verdict(gap), f"GVM's minus critic's {cell(gap)}")
-    gap = minus(at(initial, "error", -1), at(live, "error", -1))
-    found[f"{end} of PPO the live critic is nearer to the truth than the initial one: squared error"] = (
-        verdict(gap), f"initial's minus live's {cell(gap)}")
+    for line, name, whose in ((gvm_ppo, "the GVM", "GVM's"), (initial, "the initial one", "initial's")):
+        for what, words in errors.items():
+            gap = minus(at(line, what, -1), at(live, what, -1))
+            found[f"{end} of PPO the live critic is nearer to the truth than {name}: {words}"] = (
+                verdict(gap), f"{whose} minus critic's {cell(gap)}")
     live_gap = minus(score("drift_ppo"), score("drift_ppo_frozen"))
     found["PPO ends better with its live critic than with a frozen one"] = verdict(live_gap), f"score {cell(live_gap)}"
     gap = minus(score("drift_dvpo"), score("drift_ppo"))
