@@ -129,7 +129,7 @@ def main():
     scores = {group: {name: per_seed(group, name, "score") for name in settings}
               for group, settings in (("advantages", ADVANTAGES), ("GVMs", GVMS))}
     finding = (f"By the policy's score: of the advantages, {support(scores['advantages'], defaults['advantages'])}; of "
-               f"the GVMs, {support(scores['GVMs'], defaults['GVMs'])}. By the GVM's own pair accuracy, "
+               f"the GVMs, {support(scores['GVMs'], defaults['GVMs'])}; by the GVM's own pair accuracy, "
                f"{support({name: per_seed('GVMs', name, 'accuracy') for name in GVMS}, defaults['GVMs'])}.")
     tables = ["| setting | oracle score, held out | gain over SFT | length | KL (nats) |", "|---" * 5 + "|"]
     sft = {key: [seed["SFT"][key] for seed in seeds.values()] for key in ("score", "length", "nats")}

@@ -177,12 +177,10 @@ def main():
             gap = [a - b for a, b in zip(per_seed(OURS, key), per_seed(rival, key))]
             found[f"the GVM (lambda 0.95) {claim} {rival}"] = (
                 verdict(gap), f"{cell(per_seed(OURS, key))} and {cell(per_seed(rival, key))}; difference {cell(gap)}")
-    others = "; ".join(f"{name}: {cell(per_seed(name, 'exact'))}, {cell(per_seed(name, 'correlation'))}"
-                       for name in RIVALS)
-    finding = (f"In answers with one wrong fact the GVM's largest drop is exactly at the wrong token in "
-               f"{cell(per_seed(OURS, 'exact'))} of the cases (the truth's own: {cell(per_seed('truth', 'exact'))}, "
-               f"chance: {cell(per_seed('chance', 'exact'))}), and its advantages correlate with the true ones at "
-               f"{cell(per_seed(OURS, 'correlation'))}. The same two numbers of the others: {others}.")
+    share = {name: f"{statistics.mean(per_seed(name, 'exact')):.3f}" for name in (OURS, *RIVALS, "truth", "chance")}
+    finding = (f"In answers with one wrong fact the GVM's largest drop is exactly at the wrong token in {share[OURS]} "
+               f"of the cases ({', '.join(f'{name}: {share[name]}' for name in RIVALS)}; chance: "
+               f"{share['chance']}, the true values' own: {share['truth']}).")
 
     tables = ["| advantages from | largest drop at the wrong token | within one token | correlation with the truth |",
               "|---" * 4 + "|"]

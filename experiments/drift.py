@@ -166,11 +166,12 @@ def main():
     gap = minus(score("drift_dvpo"), score("drift_ppo"))
     found["DVPO ends better than PPO"] = verdict(gap), f"score {cell(gap)}"
 
-    finding = (f"From step 0 to {steps[-1]} the frozen GVM's squared error went from {cell(at(gvm, 'error', 0))} to "
-               f"{cell(at(gvm, 'error', -1))} along DVPO, its bias from {cell(at(gvm, 'bias', 0))} to "
-               f"{cell(at(gvm, 'bias', -1))}; the error of PPO's live critic went from {cell(at(live, 'error', 0))} to "
-               f"{cell(at(live, 'error', -1))} (GVM there: {cell(at(gvm_ppo, 'error', -1))}), and PPO's score minus "
-               f"that of PPO with a frozen critic is {cell(live_gap)}.")
+    grew = {line: [statistics.mean(at(line, what, index)) for what in errors for index in (0, -1)]
+            for line in (gvm, live)}
+    finding = (f"From step 0 to {steps[-1]} the squared error goes from {grew[gvm][0]:.3f} to {grew[gvm][1]:.3f} for "
+               f"the frozen GVM along DVPO (without its bias {grew[gvm][2]:.3f} to {grew[gvm][3]:.3f}) and from "
+               f"{grew[live][0]:.3f} to {grew[live][1]:.3f} for PPO's live critic ({grew[live][2]:.3f} to "
+               f"{grew[live][3]:.3f}).")
     noise = statistics.mean(seed["truth_error"] for seed in seeds.values())
     tables = [f"Root mean square standard error of the truth: {noise:.3f} (score units).", "",
               "| value model, states and truth of | step | mean true Q | squared error | bias | centred error | "

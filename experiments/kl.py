@@ -84,11 +84,11 @@ def main():
                           per_seed(name, "oracle", LAST)) for name in ("DVPO 0, long", "PPO 0, long")}
 
     best = max(names[1:-2], key=lambda name: statistics.mean(per_seed(name, "score")))
-    finding = (f"Of the penalties tried, {best.split()[1]} gave the best score, {cell(per_seed(best, 'score'))}. "
-               f"Without any and for half as long again the true score ends "
-               f"{statistics.mean(fallen['DVPO 0, long']):.3f} below the "
-               f"run's best ten steps, and the GVM believes {statistics.mean(more):+.3f} too much (PPO: "
-               f"{statistics.mean(fallen['PPO 0, long']):.3f} below, {statistics.mean(excess['PPO 0, long']):+.3f}).")
+    finding = (f"Of the penalties tried, {best.split()[1]} gave the best score, {cell(per_seed(best, 'score'))}; "
+               f"without any and for half as long again the true score ends "
+               f"{statistics.mean(fallen['DVPO 0, long']):.3f} below the run's best ten steps, and the GVM believes "
+               f"{statistics.mean(more):.3f} too much (PPO: {statistics.mean(fallen['PPO 0, long']):.3f} below, "
+               f"{statistics.mean(excess['PPO 0, long']):.3f} too much).")
     tables = ["The oracle's scores of answers are exact: there is no Monte Carlo error of a truth here.", "",
               "| run | oracle score, held out | KL (nats) | length | belief minus oracle |", "|---" * 5 + "|"]
     for name in names:

@@ -205,12 +205,11 @@ def main():
         verdict(less), f"squared error of the last value, frozen minus refreshed {cell(less)}")
 
     best = max(refreshes, key=lambda name: statistics.mean(per_seed(name, "score")))
-    finding = (f"The best of five refreshes, {best} with {statistics.mean(per_seed(best, 'labels')):.0f} true labels, "
-               f"changed the score of frozen DVPO, {cell(per_seed('frozen', 'score'))}, by {cell(gap(best, 'frozen'))};"
-               f" the fewest labels, {statistics.mean(per_seed('(5, 16)', 'labels')):.0f}, changed it by "
-               f"{cell(gap('(5, 16)', 'frozen'))} when given often and by {cell(gap('(20, 64)', 'frozen'))} when given "
-               f"rarely; old rows in place of (5, 64) by {cell(gap('old rows', 'frozen'))}; PPO, without new labels, "
-               f"differs from frozen DVPO by {cell(gap('PPO', 'frozen'))}.")
+    labels = {name: f"{statistics.mean(per_seed(name, 'labels')):.0f}" for name in refreshes}
+    finding = (f"The best of {len(refreshes)} refreshes, {best} with {labels[best]} true labels, changed the score of "
+               f"frozen DVPO by {cell(gap(best, 'frozen'))}, (5, 64) with {labels['(5, 64)']} by "
+               f"{cell(gap('(5, 64)', 'frozen'))}, and old rows in place of these by "
+               f"{cell(gap('old rows', 'frozen'))}.")
     tables = ["(N, M): every N steps M labels. The value error is the mean squared error of the final GVM's last value "
               "against the oracle (exact: standard error 0), on the final policy's own answers.", "",
               "| run | new labels | oracle score, held out | KL (nats) | length (tokens) | value error | correlation |",
