@@ -60,13 +60,19 @@ def world(folder, seed, scale):
 
 
 def train(script, output, **flags):
-    """Runs a training script with these flags, unless `output` holds that very run already. Returns `output`."""
+    """Runs a training script with these flags, unless `output` holds that very run already. Returns `output`.
+
+    As make does, it runs again, too, if the data or the weights that went into the run have been written since then.
+    """
     stage = importlib.import_module(script)
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
     args = stage.Args(output=str(output), overwrite=True, **flags)
     stage.accumulation_steps(args, 1)                         # sets what follows from the others, as the script does
-    finished = (output / "model.safetensors").exists()
-    if not finished or json.loads((output / "args.json").read_text()) != asdict(args):
+    made, made_of = output / "model.safetensors", [
+        file for value in flags.values() if isinstance(value, str) for file in Path(value).glob("*")
+        if file.suffix in (".jsonl", ".safetensors")]
+    if not made.exists() or json.loads((output / "args.json").read_text()) != asdict(args) or any(
+            file.stat().st_mtime_ns > made.stat().st_mtime_ns for file in made_of):
         with words_to(output.with_name(f"{output.name}.log")):
             stage.main(args)
     return output
@@ -107,8 +113,11 @@ def read_lines(path):
 
 
 def write_lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    """Writes the rows, unless they stand there already: then the runs made of them are still good."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def load_policy(folder):
@@ -146,7 +155,7 @@ def completions(policy, tokenizer, prefixes, n):
         written = train_dvpo.rollout(policy, tokenizer, [[*prefixes[i][0], *prefixes[i][1]] for i in some], longest,
                                      "padded")
         for i, tail in zip(some, written):
-            found[i].append([*prefixes[i][1], *tail])
+            found[i].append([*prefixes[i][1], *tail][:LONGEST])
     return found
 
 

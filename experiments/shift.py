@@ -3,8 +3,9 @@
 Hypothesis  On questions unlike those of its training, and on answers of policies unlike those in its data, the GVM's
             values are worse. DVPO still gains over SFT with such a GVM, but less than with one that knows them.
 Method      One world per seed. Questions: a GVM is trained without one of the four kinds of question (kind number seed
-            modulo 4); another without a quarter of the countries; a control on as many rows of all questions. (The SFT
-            model, from which all three start, has seen every kind and country.) DVPO, 30 steps, on new prompts of the
+            modulo 4); another without a quarter of the countries, asked or named (in answers about others they would
+            all be lies); a control on as many rows of all questions. (The SFT model, from which all three start, has
+            seen every kind and country.) DVPO, 30 steps, on new prompts of the
             unseen sort only, with the GVM that never saw it and with the control; judged on held-out prompts of that
             sort. Policies: the GVM of all data meets answers of the five behaviour policies' mixture, which wrote its
             data; of SFT; of DVPO's final policy; of SFT at temperature 2; and of a "stranger", a program that is rude
@@ -97,20 +98,24 @@ def questions_shift(folder, seed, scale, start, sft, tokenizer):
         rows = claims.read_lines(data / f"{name}.jsonl")
         return [row for row in rows if is_new(sort, row)] or rows              # a trial's few rows may hold none
 
+    names = [name for country in atlas.COUNTRIES if country.name in countries
+             for name in (country.name, country.capital)]
     scored = claims.read_lines(data / "scored.jsonl")
     known = {"control": scored} | {sort: [row for row in scored if not is_new(sort, row)] for sort in SORTS}
+    known["countries"] = [row for row in known["countries"] if not any(name in row["response"] for name in names)]
     rows = min(max(64, round(scale * ROWS)), *map(len, known.values()))        # for all three the same number
     gvms, online = {}, {"model": sft, "steps": claims.steps(scale, 30)}
     for name, some in known.items():
         place = folder / f"shift_data_{name}"                 # without test_pairs.jsonl: pairs are compared here
         claims.write_lines(place / "scored.jsonl", some[:rows])                # the file is in random order
+        if name in SORTS:
+            claims.write_lines(place / "rl.jsonl", unseen(name, "rl"))
+            claims.write_lines(place / "test_prompts.jsonl", unseen(name, "test_prompts"))
         gvms[name] = claims.train_gvm(folder / f"shift_gvm_{name}", sft, start | {"data": place})
 
     found = {}
     for sort in SORTS:
         place, prompts = folder / f"shift_data_{sort}", unseen(sort, "rl")
-        claims.write_lines(place / "rl.jsonl", prompts)
-        claims.write_lines(place / "test_prompts.jsonl", unseen(sort, "test_prompts"))
         flags = online | start | {"data": place, "batch_size": 64 if len(prompts) >= 64 else 32}
         answers = unseen(sort, "test_scored")[:max(8, round(scale * PREFIXES))]
         points = of_program("any", answers, tokenizer, max(2, round(scale * BY_PROGRAM)), rng)
