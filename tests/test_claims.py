@@ -73,10 +73,19 @@ def test_token_values_begin_at_the_last_prompt_token(gvm_run):
 
 
 def test_a_finished_run_is_made_once_and_another_one_again(tmp_path, world, sft_run):
-    flags = {"model": sft_run, "data": world / "data", "epochs": 1, "eval_every": 100}
+    rows = claims.read_lines(world / "data" / "scored.jsonl")
+    claims.write_lines(tmp_path / "data" / "scored.jsonl", rows)
+    flags = {"model": sft_run, "data": tmp_path / "data", "epochs": 1, "eval_every": 100}
     made = claims.train("train_gvm", tmp_path / "gvm", **flags) / "model.safetensors"
     before = made.stat().st_mtime_ns
     assert claims.train("train_gvm", tmp_path / "gvm", **flags) == tmp_path / "gvm" and made.stat().st_mtime_ns == before
+    claims.write_lines(tmp_path / "data" / "scored.jsonl", rows)                # the same rows: nothing is new
+    claims.train("train_gvm", tmp_path / "gvm", **flags)
+    assert made.stat().st_mtime_ns == before
+    claims.write_lines(tmp_path / "data" / "scored.jsonl", rows[:64])
+    claims.train("train_gvm", tmp_path / "gvm", **flags)
+    assert made.stat().st_mtime_ns > before                                     # other data, a new run
+    before = made.stat().st_mtime_ns
     claims.train("train_gvm", tmp_path / "gvm", **flags | {"td_lambda": 0.0})
     assert made.stat().st_mtime_ns > before and json.loads((tmp_path / "gvm" / "args.json").read_text())["td_lambda"] == 0
 
