@@ -32,8 +32,10 @@ def test_completions_go_on_from_the_prefix_and_leave_what_has_ended(dvpo_run):
     prompt, response = claims.sequence(tokenizer, "Is Japan an island?", "Yes, Japan is an island country.")
     long = [5] * claims.LONGEST
     torch.manual_seed(0)
-    done = claims.completions(policy, tokenizer, [(prompt, response), (prompt, response[:3]), (prompt, []), (prompt, long)], 7)
-    assert done[0] == [response] and done[3] == [long] and [len(rows) for rows in done] == [1, 7, 7, 1]
+    done = claims.completions(policy, tokenizer, [(prompt, response), (prompt, response[:3]), (prompt, []), (prompt, long),
+                                                  (prompt, long[1:])], 7)
+    assert done[0] == [response] and done[3] == [long] and [len(rows) for rows in done] == [1, 7, 7, 1, 7]
+    assert {len(row) for row in done[4]} == {claims.LONGEST}                    # not longer, though others have room
     assert all(row[:3] == response[:3] and len(row) > 3 for row in done[1])
     assert len({tuple(row) for row in done[2]}) > 1                             # sampled, not one answer seven times
 
