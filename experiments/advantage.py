@@ -3,14 +3,16 @@
 Hypothesis  A = Q - V accumulated by GAE (lambda 0.95) gives a better policy than A = Q (section 3.3), than GAE with
             other lambdas, and than the released code's formula. A GVM trained with td_lambda 0.95 ranks held-out
             answers better than one by Eq. (1) to the letter (0), by 0.5 or by Monte Carlo returns (1), and gives a
-            better policy. Supervision by pairs is as good as by scores (Table 9 has pairs 2.6 to 5.5 points ahead).
+            better policy. Supervision by pairs is as good as by scores (Table 9 has pairs 2.6 to 5.5 points ahead; its
+            scores are a reward model's that learned from these pairs).
 Method      One world per seed. DVPO, 40 steps of 64 rollouts from the same SFT model: five ways to form the advantage
             from one GVM; and one way with five GVMs, that differ in td_lambda or in their supervision (pairs: +1 for
-            the better answer, -1 for the worse one). Every GVM makes two passes over its data and every policy has the
-            same learning rate: a setting that only learns more slowly loses by it. Judged by the oracle on held-out
-            questions; the GVMs by how often they give the better answer of a held-out pair the higher mean value.
-            All differences are within seeds. The best setting is chosen and compared on the same seeds, and no
-            interval is widened for the number of comparisons: a lead that is barely decided is weak evidence.
+            the better answer, -1 for the worse one; scores: the oracle's, and of half as many answers again). Every GVM
+            makes two passes over its data and every policy has the same learning rate: a setting that only learns more
+            slowly loses by it. Judged by the oracle on held-out questions; the GVMs by how often they give the better
+            answer of a held-out pair the higher mean value. All differences are within seeds. The best setting is
+            chosen and compared on the same seeds, and no interval is widened for the number of comparisons: a lead
+            that is barely decided is weak evidence.
 Command     python experiments/advantage.py --seeds 21 22 23 24 25        (part of make claims)
 Result      results/advantage.json, results/advantage.md, results/advantage.png
 """
