@@ -155,6 +155,10 @@ def main():
             panel.errorbar(shares, means, [[m - low for m, low in zip(means, lows)],
                                            [high - m for m, high in zip(means, highs)]], fmt="o" + style, capsize=2,
                            color=colour, label=f"{label}, {measure} value" if measure != "error" else label)
+            if measure != "last":                             # the straight line whose slope the claims give
+                line = statistics.linear_regression([math.log2(share) for share in shares], means)
+                panel.plot(shares, [line.slope * math.log2(share) + line.intercept for share in shares], ":",
+                           color=colour, label=f"{label}, fitted" + (", mean value" if measure != "error" else ""))
     full = next(iter(seeds.values()))["size"][-1]
     for panel in panels:
         panel.set_xscale("log", base=2)
