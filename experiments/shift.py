@@ -13,8 +13,8 @@ Method      One world per seed. Questions: a GVM is trained without one of the f
             would make of them: that part of the error is due to unlike text, the rest to another way to go on.
             Values are compared with the true Q of the policy that wrote the answer (Monte Carlo: 200 completions of a
             program, 16 of a language model) at random prefixes of answers to held-out prompts. The squared standard
-            error of the truth is taken off both the squared error and the variance of Q. Explained = 1 - error /
-            variance: 1 is perfect, 0 no better than to say the mean everywhere.
+            error of the truth is taken off both the squared error and the variance of Q, which is what a constant
+            would err. Explained = 1 - error / variance: 1 is perfect, 0 no better than that constant.
 Command     python experiments/shift.py --seeds 21 22 23 24 25        (part of make claims)
 Result      results/shift.json, results/shift.md, results/shift.png
 """
@@ -168,7 +168,7 @@ def run_seed(folder, seed, scale):
 
 
 # ---- 3. The answer ----
-def draw(seeds, gains, explained):
+def draw(seeds, gains, errors, variances):
     picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
     for offset, which, label, colour in ((-0.18, "without", "GVM never saw them", "tab:red"),
                                          (0.18, "control", "GVM saw all, as many rows", "tab:blue")):
@@ -181,15 +181,16 @@ def draw(seeds, gains, explained):
     left.set(ylabel="gain of DVPO over SFT (oracle score, -1 to 1)",
              title=f"DVPO on unseen questions ({len(seeds)} seeds, 95 % intervals)")
     left.legend(fontsize=8)
-    for x, values in enumerate(explained.values()):
+    for x, (name, values) in enumerate(errors.items()):
         mean, low, high = interval(values)
-        right.bar(x, mean, 0.6, yerr=[[mean - low], [high - mean]], color="tab:blue", capsize=4)
-    right.axhline(0, color="black", linewidth=0.8)
-    lowest = min(statistics.mean(values) for values in explained.values())
-    right.set_ylim(max(-1.0, min(-0.1, lowest - 0.2)), 1.05)  # how far below -1 does not matter
-    right.set_xticks(range(len(explained)), [name.replace(", ", ",\n") for name in explained], fontsize=7, rotation=20)
-    right.set(ylabel="share of the true Q's variance explained\n(1: perfect; 0: the mean; cut at -1)",
-              title="The frozen GVM, policy by policy")
+        right.bar(x, mean, 0.6, yerr=[[mean - low], [high - mean]], color="tab:blue", capsize=4,
+                  label="the GVM" if x == 0 else None)
+        right.plot([x - 0.35, x + 0.35], [statistics.mean(variances[name])] * 2, color="black",
+                   label="a constant: the variance of the true Q" if x == 0 else None)
+    right.set_xticks(range(len(errors)), [name.replace(", ", ",\n") for name in errors], fontsize=7, rotation=20)
+    right.set(ylabel="squared error against the true Q (score units squared)",
+              title=f"The frozen GVM, policy by policy ({len(seeds)} seeds)")
+    right.legend(fontsize=8)
     return picture
 
 
@@ -210,7 +211,7 @@ def main():
     sft = {sort: [seed["questions"][sort]["score"] for seed in worlds] for sort in SORTS}
     gains = {(sort, which): minus(question(sort, which, "score"), sft[sort])
              for sort in SORTS for which in ("without", "control")}
-    explained = {name: policy(name, "explained") for name in policies}
+    errors, variances = ({name: policy(name, key) for name in policies} for key in ("error", "variance"))
     found = {}
     for sort, words in SORTS.items():
         lost = minus(question(sort, "control", "explained"), question(sort, "without", "explained"))
@@ -223,15 +224,18 @@ def main():
         found[f"on {words} DVPO gains less than with the control"] = (
             verdict(less), f"gain, control minus without {cell(less)}")
     for name in ("DVPO", "SFT, temperature 2", "stranger"):
-        gap = minus(explained["the data's mixture"], explained[name])
-        found[f"the GVM explains less of the true Q on answers of {name} than on the data's mixture"] = (
-            verdict(gap), f"explained, mixture minus {name} {cell(gap)}")
+        more = minus(errors[name], errors["the data's mixture"])
+        found[f"the GVM errs more on answers of {name} than on those of the data's mixture"] = (
+            verdict(more), f"squared error {cell(errors[name])}, more by {cell(more)}")
+        worse = minus(errors[name], variances[name])
+        found[f"on answers of {name} it errs more than a constant would"] = (
+            verdict(worse), f"variance of the true Q {cell(variances[name])}; error more by {cell(worse)}")
 
-    shares = {name: f"{statistics.mean(values):.0%}" for name, values in explained.items()}
+    told = {name: f"{statistics.mean(errors[name]):.3f} ({statistics.mean(variances[name]):.3f})" for name in policies}
     finding = ("; ".join(f"on {words} DVPO gained {cell(gains[sort, 'without'])} over SFT (with the control GVM "
                          f"{cell(gains[sort, 'control'])})" for sort, words in SORTS.items())
-               + f"; the GVM explained {shares[policies[0]]} of the variance of the true Q on answers like its data's, "
-                 f"{shares['SFT']} on those of SFT, {shares['DVPO']} on those of DVPO, {shares['stranger']} on those "
+               + f"; the squared error of the GVM (of a constant) is {told[policies[0]]} on answers like its data's, "
+                 f"{told['SFT']} on those of SFT, {told['DVPO']} on those of DVPO, {told['stranger']} on those "
                  "of the stranger.")
     finding = finding[0].upper() + finding[1:]
     tables = ["## Questions: values and policies where the GVM was not trained", "",
@@ -247,13 +251,13 @@ def main():
     tables += ["", "Root mean square standard error of the truth: "
                + ", ".join(f"{noise[sort]:.3f} ({words})" for sort, words in SORTS.items()) + ". It is taken off.", "",
                "## Policies: the GVM of all data on their answers", "",
-               "| answers of | explained | squared error | variance of the true Q | standard error of the truth |",
-               "|---" * 5 + "|"]
+               "| answers of | squared error | variance of the true Q | standard error of the truth |",
+               "|---" * 4 + "|"]
     for name in policies:
-        cells = [cell(policy(name, key)) for key in ("explained", "error", "variance")]
+        cells = [cell(errors[name]), cell(variances[name])]
         tables.append(f"| {name} | {' | '.join(cells)} | "
                       f"{statistics.mean(x ** 2 for x in policy(name, 'noise')) ** 0.5:.3f} |")
-    claims.report("shift", args, __doc__, seeds, found, tables, finding, draw(seeds, gains, explained))
+    claims.report("shift", args, __doc__, seeds, found, tables, finding, draw(seeds, gains, errors, variances))
     print(f"{time.time() - started:.0f} s")
 
 
