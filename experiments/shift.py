@@ -180,6 +180,7 @@ def draw(seeds, gains, errors, variances):
     left.set_xticks(range(len(SORTS)), SORTS.values())
     left.set(ylabel="gain of DVPO over SFT (oracle score, -1 to 1)",
              title=f"DVPO on unseen questions ({len(seeds)} seeds, 95 % intervals)")
+    left.margins(y=0.3)                                       # room for the legend
     left.legend(fontsize=8)
     for x, (name, values) in enumerate(errors.items()):
         mean, low, high = interval(values)
@@ -188,8 +189,9 @@ def draw(seeds, gains, errors, variances):
         right.plot([x - 0.35, x + 0.35], [statistics.mean(variances[name])] * 2, color="black",
                    label="a constant: the variance of the true Q" if x == 0 else None)
     right.set_xticks(range(len(errors)), [name.replace(", ", ",\n") for name in errors], fontsize=7, rotation=20)
-    right.set(ylabel="squared error against the true Q (score units squared)",
+    right.set(ylabel="squared error (score units squared)",
               title=f"The frozen GVM, policy by policy ({len(seeds)} seeds)")
+    right.margins(y=0.25)
     right.legend(fontsize=8)
     return picture
 
