@@ -242,7 +242,7 @@ def main():
     left.set_xticks(range(len(PLACES)), PLACES)
     left.set(xlabel="token of the answer", ylabel="squared error (score units squared)",
              title=f"Behaviour policies (seeds: {len(seeds)})")
-    left.legend(fontsize=7, handlelength=3)
+    left.legend(fontsize=7, handlelength=3, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     for panel, what, words in ((middle, "error", "squared error (score units squared)"),
                                (right, "bias", "bias: value minus truth (score units)")):
         for i, name in enumerate(POLICIES):
