@@ -9,8 +9,8 @@ Method      One world per seed. Questions: a GVM is trained without one of the f
             unseen sort only, with the GVM that never saw it and with the control; judged on held-out prompts of that
             sort. Policies: the GVM of all data meets answers of the five behaviour policies' mixture, which wrote its
             data; of SFT; of DVPO's final policy; of SFT at temperature 2; and of a "stranger", a program that is rude
-            and chatty at once, right half of the time. The stranger's answers are also held against what the mixture
-            would make of them: that part of the error is due to unlike text, the rest to another way to go on.
+            and chatty at once, right half of the time. The stranger's answers are also held against how the mixture
+            would go on from there: that part of the error is due to unlike text, the rest to another way to go on.
             Values are compared with the true Q of the policy that wrote the answer (Monte Carlo: 200 completions of a
             program, 16 of a language model) at random prefixes of answers to held-out prompts. The squared standard
             error of the truth is taken off both the squared error and the variance of Q, which is what a constant
