@@ -9,7 +9,7 @@ target tokens rather than the full input sequence."
 Shapes   B rows, T tokens of the longest row, V vocabulary. Rows are [prompt | response | padding].
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the answerer wrote, y^1..y^T, EOS included.
 
-The method is in sections 3 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
+Sections 1 to 5 are the method. Section 6 is the same in every script: it can be left for later.
 """
 import json
 import math
@@ -69,6 +69,177 @@ class Args:
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
+# ---- 2. Data ----
+def collate(sequences, pad_id, device):
+    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+
+    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
+    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+    position = torch.arange(longest)                                                               # (T,)
+    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+
+
+def update_order(n, batch_size, epochs, seed):
+    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
+
+    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
+    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
+    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
+    return torch.cat(orders).view(-1, batch_size)
+
+
+# ---- 3. Loss ----
+def sft_loss(logp, is_response):
+    """-E[log pi(y^t | x, y^{<t})]: cross-entropy of the response tokens; the prompt is given, not learned.
+
+    logp (B, T) float  log pi of each token, at the token's own position        is_response (B, T) bool
+    Returns the mean over the batch's response tokens, a scalar.
+    """
+    assert logp.shape == is_response.shape and is_response.dtype == torch.bool
+    return -logp[is_response].mean()                                           # E[.]: per response token of the batch
+
+
+LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
+
+
+def token_logp(model, ids, is_token, is_response):
+    """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
+
+    The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
+    positions that predict a response token meet the output layer. If they are many, float32 exists for a chunk of them
+    at a time: in the backward pass it is computed again.
+    """
+    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
+    logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
+    token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
+
+    def logp_of(logits, token):
+        return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
+
+    chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
+    parts = list(zip(logits.split(chunk), token.split(chunk)))
+    logp = [checkpoint(logp_of, *part, use_reentrant=False) if len(parts) > 1 else logp_of(*part) for part in parts]
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, torch.cat(logp))
+
+
+class TokenLogp(torch.nn.Module):
+    """A policy as a function from tokens to log-probabilities: this is the call that DDP, ZeRO and FSDP have to see."""
+
+    def __init__(self, policy):
+        super().__init__()
+        self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+        with torch.no_grad():
+            ids = torch.tensor([[0, 1]], device=policy.device)
+            hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids, use_cache=False).logits
+            if not torch.allclose(logits, own, atol=1e-2, equal_nan=True):
+                fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
+                     f"as in Gemma 2), which token_logp takes them for")
+
+    def forward(self, ids, is_token, is_response):
+        return token_logp(self.policy, ids, is_token, is_response)
+
+
+# ---- 5. Training ----
+def accumulation_steps(args, processes):
+    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
+    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
+    if args.batch_size < 1 or args.batch_size % processes:
+        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
+    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.batch_size // (args.micro_batch_size * processes)
+
+
+def main(args):
+    started = time.time()
+    check_numbers(args)
+    accelerator = start_accelerator(args, accumulation_steps)
+    set_seed(args.seed)
+    tokenizer = load(AutoTokenizer, args.model)
+    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    rows = read_rows(args.data, "sft", {"prompt": "prompt", "response": "text"}, args.bad_rows)
+    data = [(encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["response"])) for row in rows]
+    data = [sequence for sequence in data if sum(map(len, sequence)) <= args.max_length]
+    accelerator.print(f"{len(data)} rows; {len(rows) - len(data)} longer than {args.max_length} tokens dropped")
+    if len(data) < args.batch_size:
+        fail(f"{args.data}: {len(data)} usable rows do not fill one batch: lower --batch_size {args.batch_size}, "
+             f"or raise --max_length {args.max_length}")
+
+    model = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32)
+    if args.max_length > getattr(model.config, "max_position_embeddings", math.inf):
+        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
+    output = start_run(accelerator, args)
+    model.eval()
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    lengths = torch.tensor([sum(map(len, sequence)) for sequence in data])
+    updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
+    # The scheduler is stepped by hand: a prepared one would take `num_processes` steps an update.
+    scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
+    model, optimizer = accelerator.prepare(TokenLogp(model).train(), optimizer)
+
+    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
+    # The rate is a function of the update. A scheduler's own state would be read as an unchecked pickle.
+    started, scheduler.last_epoch = started - seconds, first
+    progress = tqdm(total=len(updates), initial=first, desc="sft", mininterval=1,
+                    disable=not accelerator.is_main_process)
+    for update, batch in enumerate(updates[first:], first + 1):
+        tokens = sum(len(data[row][1]) for row in batch)                       # response tokens of the whole update
+        mine = batch[accelerator.process_index::accelerator.num_processes]
+        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
+        loss_of_update = torch.zeros((), device=accelerator.device)
+        for micro in mine.split(args.micro_batch_size):
+            ids, is_token, is_response = collate([data[row] for row in micro], tokenizer.pad_token_id,
+                                                 accelerator.device)
+            with accelerator.accumulate(model):
+                logp = model(ids, is_token, is_response)                                           # (B, T)
+                # A micro-batch counts by its share of the update's tokens, so that the update is the mean over all
+                # of them however they are divided into micro-batches and processes. backward() divides by the number
+                # of micro-batches, and the processes' gradients are averaged: both are undone here.
+                loss = sft_loss(logp, is_response) * is_response.sum() / tokens
+                accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+            loss_of_update += loss.detach()
+        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
+        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, rows {batch.tolist()}",
+                           "policy")
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+        progress.update()
+        if update % args.log_every == 0 or update == len(updates):
+            record = {"update": update, "loss": accelerator.reduce(loss_of_update).item(), "grad_norm": grad_norm,
+                      "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
+            progress.set_postfix(loss=f"{record['loss']:.3f}")
+            if accelerator.is_main_process:
+                write_lines(output / "metrics.jsonl", [record])
+                accelerator.log(record, step=update)
+        save_if_due(accelerator, output, update, len(updates), args.save_steps)
+    progress.close()
+    save_run(accelerator, model, tokenizer, output,
+             f"# SFT model\n\n`{args.model}` fine-tuned on {len(data)} rows of `{args.data}` (sft), {args.epochs} "
+             f"epochs, {len(updates)} updates. The loss is in nats per response token.", {"loss": record["loss"]},
+             "policy")
+    accelerator.end_training()
+
+
+# ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----
 def fail(message):
     """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
     raise SystemExit(f"error: {' '.join(message.splitlines())}")
@@ -105,7 +276,6 @@ def check_numbers(args):
             fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
 
 
-# ---- 2. Data ----
 def row_problem(row, fields):
     """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
     if not isinstance(row, dict):
@@ -197,87 +367,6 @@ def encode_response(tokenizer, response):
     return ids + [tokenizer.eos_token_id]
 
 
-def collate(sequences, pad_id, device):
-    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
-
-    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
-    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
-    """
-    longest = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
-    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
-    for row, (prompt, response) in enumerate(sequences):
-        ids[row, :end[row]] = torch.tensor([*prompt, *response])
-    position = torch.arange(longest)                                                               # (T,)
-    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
-
-
-def update_order(n, batch_size, epochs, seed):
-    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
-
-    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
-    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
-    return torch.cat(orders).view(-1, batch_size)
-
-
-# ---- 3. Loss ----
-def sft_loss(logp, is_response):
-    """-E[log pi(y^t | x, y^{<t})]: cross-entropy of the response tokens; the prompt is given, not learned.
-
-    logp (B, T) float  log pi of each token, at the token's own position        is_response (B, T) bool
-    Returns the mean over the batch's response tokens, a scalar.
-    """
-    assert logp.shape == is_response.shape and is_response.dtype == torch.bool
-    return -logp[is_response].mean()                                           # E[.]: per response token of the batch
-
-
-LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
-
-
-def token_logp(model, ids, is_token, is_response):
-    """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
-
-    The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
-    positions that predict a response token meet the output layer. If they are many, float32 exists for a chunk of them
-    at a time: in the backward pass it is computed again.
-    """
-    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
-    # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
-    logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
-    token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
-
-    def logp_of(logits, token):
-        return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
-
-    chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
-    parts = list(zip(logits.split(chunk), token.split(chunk)))
-    logp = [checkpoint(logp_of, *part, use_reentrant=False) if len(parts) > 1 else logp_of(*part) for part in parts]
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, torch.cat(logp))
-
-
-class TokenLogp(torch.nn.Module):
-    """A policy as a function from tokens to log-probabilities: this is the call that DDP, ZeRO and FSDP have to see."""
-
-    def __init__(self, policy):
-        super().__init__()
-        self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
-        with torch.no_grad():
-            ids = torch.tensor([[0, 1]], device=policy.device)
-            hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids, use_cache=False).logits
-            if not torch.allclose(logits, own, atol=1e-2, equal_nan=True):
-                fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
-                     f"as in Gemma 2), which token_logp takes them for")
-
-    def forward(self, ids, is_token, is_response):
-        return token_logp(self.policy, ids, is_token, is_response)
-
-
-# ---- 5. Engine and run folder: the same in every script ----
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))
@@ -554,95 +643,6 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, 
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
                  {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
-
-
-# ---- 6. Training ----
-def accumulation_steps(args, processes):
-    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
-    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    if args.batch_size < 1 or args.batch_size % processes:
-        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
-    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
-    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
-        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
-             f"{args.micro_batch_size * processes}")
-    return args.batch_size // (args.micro_batch_size * processes)
-
-
-def main(args):
-    started = time.time()
-    check_numbers(args)
-    accelerator = start_accelerator(args, accumulation_steps)
-    set_seed(args.seed)
-    tokenizer = load(AutoTokenizer, args.model)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-
-    rows = read_rows(args.data, "sft", {"prompt": "prompt", "response": "text"}, args.bad_rows)
-    data = [(encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["response"])) for row in rows]
-    data = [sequence for sequence in data if sum(map(len, sequence)) <= args.max_length]
-    accelerator.print(f"{len(data)} rows; {len(rows) - len(data)} longer than {args.max_length} tokens dropped")
-    if len(data) < args.batch_size:
-        fail(f"{args.data}: {len(data)} usable rows do not fill one batch: lower --batch_size {args.batch_size}, "
-             f"or raise --max_length {args.max_length}")
-
-    model = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32)
-    if args.max_length > getattr(model.config, "max_position_embeddings", math.inf):
-        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
-    output = start_run(accelerator, args)
-    model.eval()
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    lengths = torch.tensor([sum(map(len, sequence)) for sequence in data])
-    updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
-    # The scheduler is stepped by hand: a prepared one would take `num_processes` steps an update.
-    scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
-    model, optimizer = accelerator.prepare(TokenLogp(model).train(), optimizer)
-
-    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
-    # The rate is a function of the update. A scheduler's own state would be read as an unchecked pickle.
-    started, scheduler.last_epoch = started - seconds, first
-    progress = tqdm(total=len(updates), initial=first, desc="sft", mininterval=1,
-                    disable=not accelerator.is_main_process)
-    for update, batch in enumerate(updates[first:], first + 1):
-        tokens = sum(len(data[row][1]) for row in batch)                       # response tokens of the whole update
-        mine = batch[accelerator.process_index::accelerator.num_processes]
-        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
-        loss_of_update = torch.zeros((), device=accelerator.device)
-        for micro in mine.split(args.micro_batch_size):
-            ids, is_token, is_response = collate([data[row] for row in micro], tokenizer.pad_token_id,
-                                                 accelerator.device)
-            with accelerator.accumulate(model):
-                logp = model(ids, is_token, is_response)                                           # (B, T)
-                # A micro-batch counts by its share of the update's tokens, so that the update is the mean over all
-                # of them however they are divided into micro-batches and processes. backward() divides by the number
-                # of micro-batches, and the processes' gradients are averaged: both are undone here.
-                loss = sft_loss(logp, is_response) * is_response.sum() / tokens
-                accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-            loss_of_update += loss.detach()
-        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
-        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, rows {batch.tolist()}",
-                           "policy")
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-
-        progress.update()
-        if update % args.log_every == 0 or update == len(updates):
-            record = {"update": update, "loss": accelerator.reduce(loss_of_update).item(), "grad_norm": grad_norm,
-                      "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
-            progress.set_postfix(loss=f"{record['loss']:.3f}")
-            if accelerator.is_main_process:
-                write_lines(output / "metrics.jsonl", [record])
-                accelerator.log(record, step=update)
-        save_if_due(accelerator, output, update, len(updates), args.save_steps)
-    progress.close()
-    save_run(accelerator, model, tokenizer, output,
-             f"# SFT model\n\n`{args.model}` fine-tuned on {len(data)} rows of `{args.data}` (sft), {args.epochs} "
-             f"epochs, {len(updates)} updates. The loss is in nats per response token.", {"loss": record["loss"]},
-             "policy")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

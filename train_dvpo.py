@@ -11,7 +11,7 @@ Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | 
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
 Where    logp[b, t], q[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t), Q(tau, s_t, a_t).
 
-The method is in sections 3, 4 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
+Sections 1 to 5 are the method. Section 6 is the same in every script: it can be left for later.
 """
 import copy
 import json
@@ -84,128 +84,7 @@ class Args:
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
-def fail(message):
-    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
-    raise SystemExit(f"error: {' '.join(message.splitlines())}")
-
-
-def parse_args(cls, argv):
-    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
-    parser = HfArgumentParser(cls, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
-    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    for flag in flags:
-        if flags.count(flag) > 1:
-            fail(f"{flag} is given twice (several values stand behind one flag)")
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        try:
-            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        except Exception as problem:                          # a broken !!int or !!timestamp is no YAMLError
-            fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
-        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
-            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
-        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def check_numbers(args):
-    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
-    for name, value in vars(args).items():
-        may_be_0 = name in ("seed", "retries", "warmup_steps", "tau_pairs", "save_steps")
-        least = 0 if type(value) is float or may_be_0 else 1
-        most = 2 ** 32 if name == "seed" else math.inf        # numpy's generators take no larger seed
-        if type(value) in (int, float) and not least <= value < most:
-            fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
-
-
 # ---- 2. Data ----
-def row_problem(row, fields):
-    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    for name, kind in fields.items():
-        value = row.get(name)
-        text = isinstance(value, str) and bool(value.strip())
-        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
-                                                         isinstance(m.get("content"), str) for m in value)
-        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
-        if value is None:
-            return f'no field "{name}"'
-        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
-            return f'"{name}" is not a finite number: {value!r}'
-        if kind == "text" and not text:
-            return f'"{name}" is empty or not a string'
-        if kind == "prompt" and not (text or chat):
-            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
-    same = "chosen" in fields and row["chosen"] == row["rejected"]
-    return '"chosen" and "rejected" are the same text' if same else None
-
-
-def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
-    """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
-
-    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
-              split "test" is read for a "test_*" file, "train" for our other files, and any other split by its name
-    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
-    """
-    path = Path(data) / f"{split}.jsonl"
-    if os.path.isfile(path):                      # not path.is_file(): it raises on a name that is too long
-        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
-    elif os.path.exists(data) or str(data).count("/") != 1:
-        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
-    else:
-        import datasets
-        try:
-            theirs = {"sft": "train", "scored": "train", "pairs": "train", "rl": "train"}.get(split, split)
-            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test_") else theirs)
-        except Exception as problem:
-            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
-    rows, skipped = [], 0
-    for number, line in enumerate(lines, 1):
-        if isinstance(line, bytes) and not line.strip():
-            continue
-        try:
-            row = json.loads(line) if isinstance(line, bytes) else line
-            json.dumps(row, ensure_ascii=False, default=str).encode()          # half a character (\\ud800) is no text
-            problem = row_problem(row, fields) or also(row)
-        except (ValueError, OverflowError, RecursionError) as error:
-            problem = f"invalid JSON ({error})"
-        if problem and bad_rows == "error":
-            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
-        skipped += bool(problem)
-        rows += [] if problem else [row]
-    if skipped:
-        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
-    return rows or fail(f"{path}: no usable row")
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
-
-    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
-    A control token spelled out in a message ("<|im_end|>", typed by a user or left in scraped text) would end the turn.
-    It stays text, as in encode_response: a mark breaks it until the template's own control tokens are found.
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern, mark = "|".join(map(re.escape, sorted(control, reverse=True))) or "(?!)", "\ufdd0"    # never a character
-    broken = [message | {key: re.sub(pattern, lambda found: found[0][0] + mark + found[0][1:], message[key])
-                         for key in ("role", "content")} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(broken, add_generation_prompt=True, tokenize=False)
-        if not text.strip():
-            raise ValueError("it writes nothing")
-        if broken == messages:
-            return tokenizer(text, add_special_tokens=False).input_ids
-        plain = {"add_special_tokens": False, "split_special_tokens": True}
-        return [i for part in re.split(f"({pattern})", text) for i in
-                ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
-    except Exception as problem:                              # the template's own raise_exception, or a fault in it
-        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({problem})")
-
-
 def collate(sequences, pad_id, device):
     """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
 
@@ -455,7 +334,310 @@ def score_rollouts(policy, reference, gvm, sequences, behind_tau, args, pad_id):
     return ids, is_token, is_response, logp_old, logp_ref, q
 
 
-# ---- 5. Engine and run folder: the same in every script ----
+# ---- 5. Training ----
+def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
+    """The PPO epochs on one batch of rollouts: Eq. (2), mini-batch by mini-batch, until the target KL is passed.
+
+    batch        (ids, is_token, is_response, logp_old, advantage), each (B, T): this process's rollouts. is_response
+                 are the tokens to learn from: with --truncated mask, cut answers have none
+    stop_if_bad  is called with the gradient norm before every update
+    Returns {metric: float}, over all processes (docs/metrics.md).
+    """
+    length, response = batch[1].sum(-1).cpu(), batch[2]
+    tokens = accelerator.reduce(response.sum()).clamp(min=1)                   # response tokens of the global batch
+    updates = args.batch_size // args.mini_batch_size                          # updates per epoch
+    stopped, history, norms, seen = False, [], [], torch.zeros(5, device=response.device)
+    order, micro_batches = torch.cat([torch.randperm(len(response)) for _ in range(args.ppo_epochs)]), []
+    for mini in order.split(args.mini_batch_size // accelerator.num_processes):
+        # A mini-batch is random; within it rows of like length form a micro-batch: little padding.
+        micro_batches += mini[length[mini].argsort()].split(args.micro_batch_size)
+    for micro in micro_batches:
+        ids, is_token, is_response, logp_old, advantage = (x[micro, :length[micro].max()] for x in batch)
+        with accelerator.accumulate(policy):
+            logp = policy(ids, is_token, is_response)                                              # (micro, width)
+            # Eq. (2)'s E[.] is over the batch: a token weighs the same in every mini-batch.            # DEVIATION 9
+            # Mean of these tokens -> their share of the batch's mean -> times the updates that share the batch.
+            loss = ppo_loss(logp, logp_old, advantage, is_response, args.clip_range)
+            loss = loss * is_response.sum() / tokens * updates
+
+            log_ratio = torch.where(is_response, logp.detach() - logp_old, 0.0)
+            ratio = log_ratio.exp()
+            # k3 = r - 1 - log r, never negative, estimates KL(pi_old, pi_theta).
+            seen += torch.stack([loss.detach(), (ratio - 1 - log_ratio).sum(), (ratio - 1).abs().sum(),
+                                 ((ratio - 1).abs() > args.clip_range).sum(), is_response.sum()])
+            if accelerator.sync_gradients:                                     # the mini-batch is complete
+                total, *sums, count = accelerator.reduce(seen).tolist()
+                history.append((total, *(x / max(count, 1) for x in sums)))
+                seen.zero_()
+                stopped = bool(norms) and history[-1][1] > args.target_kl      # KL_target, Appendix C: no more updates
+            if stopped:
+                drop_update(accelerator, optimizer, loss)
+                break
+            # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
+            # undone here.
+            accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+        if accelerator.sync_gradients:
+            norms.append(clip_grad_norm(accelerator, policy.parameters(), args.max_grad_norm))
+            stop_if_bad(norms[-1])
+        optimizer.step()                                                       # of a whole mini-batch: else a no-op
+        optimizer.zero_grad()
+    means = dict(zip(("loss", "approx_kl", "ratio_error", "clip_fraction"), torch.tensor(history).mean(0).tolist()))
+    # KL: the last, which --target_kl was compared with. Ratio: the first, before any update, where it has to be 1.
+    return means | {"approx_kl": history[-1][1], "ratio_error": history[0][2], "grad_norm": sum(norms) / len(norms),
+                    "updates": len(norms)}
+
+
+def accumulation_steps(args, processes):
+    """Micro-batches per update. --mini_batch_size is the total over all processes, so that a run means the same on one
+    GPU and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
+    if args.mini_batch_size < 1 or args.mini_batch_size % processes or args.batch_size % args.mini_batch_size:
+        fail(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size {args.mini_batch_size}, and that "
+             f"of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.mini_batch_size // processes)
+    if args.micro_batch_size < 1 or args.mini_batch_size % (args.micro_batch_size * processes):
+        fail(f"--mini_batch_size {args.mini_batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.mini_batch_size // (args.micro_batch_size * processes)
+
+
+def main(args):
+    started = time.time()
+    check_numbers(args)
+    accelerator = start_accelerator(args, accumulation_steps)
+    set_seed(args.seed, device_specific=True)
+    tokenizer = load(AutoTokenizer, args.model)
+    gvm_tokenizer = load(AutoTokenizer, args.gvm)
+    if (tokenizer.get_vocab(), tokenizer.chat_template) != (gvm_tokenizer.get_vocab(), gvm_tokenizer.chat_template):
+        fail(f"{args.gvm}: its tokenizer or chat template is not that of {args.model}. A GVM reads the policy's own "
+             f"tokens: train it from this SFT model")
+    if tokenizer.chat_template is None:
+        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    prompts = [row["prompt"] for row in read_rows(args.data, "rl", {"prompt": "prompt"}, args.bad_rows)]
+    data = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    data = [(prompt, ids) for prompt, ids in data if len(ids) <= args.max_prompt_length]
+    accelerator.print(f"{len(data)} prompts; {len(prompts) - len(data)} longer than {args.max_prompt_length} dropped")
+    if len(data) < args.batch_size:
+        fail(f"{args.data}: {len(data)} usable prompts do not fill one batch: lower --batch_size {args.batch_size}, or "
+             f"raise --max_prompt_length {args.max_prompt_length}")
+
+    # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
+    policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
+    dtype = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision] if args.frozen_dtype == "auto" else \
+        args.frozen_dtype
+    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=dtype).eval()
+    gvm = load(AutoModelForTokenClassification, args.gvm, kind="value", dtype=dtype).eval()
+    gvm_args = getattr(gvm.config, "gvm", None) or fail(f"{args.gvm}: not made by train_gvm.py (no gvm in config.json)")
+    context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, gvm))
+    if args.max_prompt_length + args.max_response_length > context:
+        fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
+    if args.max_prompt_length + args.max_response_length > gvm_args["max_length"]:
+        accelerator.print(f"rows may be longer than the {gvm_args['max_length']} tokens that the GVM was trained on")
+    output = start_run(accelerator, args)
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    policy, optimizer = accelerator.prepare(TokenLogp(policy), optimizer)
+    reference, gvm = prepare_frozen(accelerator, TokenLogp(reference)), prepare_frozen(accelerator, gvm)
+    epochs = math.ceil(args.steps / (len(data) // args.batch_size))
+    batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
+
+    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
+    started -= seconds
+    progress = tqdm(total=args.steps, initial=first, desc="dvpo", mininterval=1,
+                    disable=not accelerator.is_main_process)
+    for step, batch in enumerate(batches[first:], first + 1):
+        clock = [time.time()]
+        mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
+        questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
+        with gathered(accelerator, policy, "policy") as plain, accelerator.autocast():     # in scoring's precision
+            responses = rollout(plain, tokenizer, prompt_ids, args.max_response_length, args.rollout)
+        clock.append(time.time())
+
+        sequences = list(zip(prompt_ids, responses))
+        pool = gather_object(list(zip(questions, sequences)))          # tau: the current policy's own latest answers
+        behind_tau = [with_tau(question, sequence, pool, gvm_args["tau_pairs"], gvm_args["max_length"], random)
+                      for question, sequence in zip(questions, sequences)]
+        with accelerator.autocast():                                   # all three models in the update's precision
+            ids, is_token, is_response, logp_old, logp_ref, q = score_rollouts(
+                policy, reference, gvm, sequences, behind_tau, args, tokenizer.pad_token_id)
+        ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in responses], device=ids.device)[:, None]
+        reward = kl_reward(logp_old, logp_ref, is_response, args.kl_coef)                          # r^KL_t
+        if args.truncated == "penalise":
+            reward = reward - (last_token(is_response) & ~ended).float()
+        if args.advantage == "q":
+            advantage = advantage_q(q, reward, is_response)
+        elif args.advantage == "gae":
+            advantage = advantage_gae(q, reward, is_response, gvm_args["gamma"], args.gae_lambda)
+        else:
+            advantage = advantage_released(q, reward, is_response, gvm_args["gamma"], args.gae_lambda)
+        learned = is_response & ended if args.truncated == "mask" else is_response
+        advantage = whiten(advantage, learned, accelerator.reduce)
+        clock.append(time.time())
+
+        checkpoint_layers(policy, args.gradient_checkpointing)
+        metrics = improve(accelerator, policy, optimizer, (ids, is_token, learned, logp_old, advantage), args,
+                          lambda grad_norm: stop_if_not_finite(accelerator, policy, tokenizer, output, grad_norm,
+                                                               f"step {step}, rows {batch.tolist()}", "policy"))
+        checkpoint_layers(policy, False)
+        clock.append(time.time())
+        if metrics["ratio_error"] > (1e-4 if accelerator.mixed_precision == "no" else 0.1):
+            fail(f"step {step}: the ratio differs from 1 by {metrics['ratio_error']:.2g} on average before the first "
+                 f"update: log pi_old and log pi_theta are not computed alike (dropout? another precision?)")
+        record = {"step": step} | metrics
+        per_response = {
+            "value": torch.where(last_token(is_response), q * gvm_args["reward_std"], 0.0).sum(-1)
+            + gvm_args["reward_mean"],                                         # in units of the training scores
+            "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
+            "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
+            "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
+        record |= {name: (accelerator.reduce(x.sum()) / args.batch_size).item() for name, x in per_response.items()}
+        record |= {f"seconds_{part}": clock[i + 1] - clock[i] for i, part in enumerate(("generate", "score", "update"))}
+        record["seconds"] = time.time() - started
+        samples = gather_object([
+            {"step": step, "prompt": question, "response": tokenizer.decode(response, skip_special_tokens=True),
+             "value": round(value, 4), "kl": round(kl, 4)} for question, response, value, kl
+            in zip(questions, responses, per_response["value"].tolist(), per_response["kl"].tolist())])
+        progress.update()
+        progress.set_postfix({name: f"{record[name]:.3f}" for name in ("value", "kl", "response_length")})
+        if accelerator.is_main_process:
+            write_lines(output / "metrics.jsonl", [record])
+            accelerator.log(record, step=step)
+            write_lines(output / "rollouts.jsonl", samples)
+        if accelerator.is_main_process and step % args.sample_every == 0:
+            progress.write("\n".join(f"{step:5} {it['value']:+.2f}  {it['prompt']}\n{'':12}{it['response']}"
+                                     for it in samples[:3]))
+        save_if_due(accelerator, output, step, args.steps, args.save_steps)
+    progress.close()
+    save_run(accelerator, policy, tokenizer, output,
+             f"# DVPO policy\n\n`{args.model}` aligned by the frozen value model `{args.gvm}` on prompts of "
+             f"`{args.data}` (rl): {args.steps} steps of {args.batch_size} rollouts.",
+             {name: record[name] for name in ("value", "kl", "response_length", "eos_rate")}, "policy")
+    accelerator.end_training()
+
+
+# ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----
+def fail(message):
+    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
+    raise SystemExit(f"error: {' '.join(message.splitlines())}")
+
+
+def parse_args(cls, argv):
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
+    parser = HfArgumentParser(cls, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            fail(f"{flag} is given twice (several values stand behind one flag)")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
+        try:
+            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        except Exception as problem:                          # a broken !!int or !!timestamp is no YAMLError
+            fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def check_numbers(args):
+    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
+    for name, value in vars(args).items():
+        may_be_0 = name in ("seed", "retries", "warmup_steps", "tau_pairs", "save_steps")
+        least = 0 if type(value) is float or may_be_0 else 1
+        most = 2 ** 32 if name == "seed" else math.inf        # numpy's generators take no larger seed
+        if type(value) in (int, float) and not least <= value < most:
+            fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
+
+
+def row_problem(row, fields):
+    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name, kind in fields.items():
+        value = row.get(name)
+        text = isinstance(value, str) and bool(value.strip())
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
+                                                         isinstance(m.get("content"), str) for m in value)
+        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
+        if value is None:
+            return f'no field "{name}"'
+        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
+            return f'"{name}" is not a finite number: {value!r}'
+        if kind == "text" and not text:
+            return f'"{name}" is empty or not a string'
+        if kind == "prompt" and not (text or chat):
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
+    same = "chosen" in fields and row["chosen"] == row["rejected"]
+    return '"chosen" and "rejected" are the same text' if same else None
+
+
+def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
+    """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
+
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
+              split "test" is read for a "test_*" file, "train" for our other files, and any other split by its name
+    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
+    """
+    path = Path(data) / f"{split}.jsonl"
+    if os.path.isfile(path):                      # not path.is_file(): it raises on a name that is too long
+        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
+    elif os.path.exists(data) or str(data).count("/") != 1:
+        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
+    else:
+        import datasets
+        try:
+            theirs = {"sft": "train", "scored": "train", "pairs": "train", "rl": "train"}.get(split, split)
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test_") else theirs)
+        except Exception as problem:
+            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
+    rows, skipped = [], 0
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            row = json.loads(line) if isinstance(line, bytes) else line
+            json.dumps(row, ensure_ascii=False, default=str).encode()          # half a character (\\ud800) is no text
+            problem = row_problem(row, fields) or also(row)
+        except (ValueError, OverflowError, RecursionError) as error:
+            problem = f"invalid JSON ({error})"
+        if problem and bad_rows == "error":
+            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+        skipped += bool(problem)
+        rows += [] if problem else [row]
+    if skipped:
+        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
+    return rows or fail(f"{path}: no usable row")
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
+
+    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
+    A control token spelled out in a message ("<|im_end|>", typed by a user or left in scraped text) would end the turn.
+    It stays text, as in encode_response: a mark breaks it until the template's own control tokens are found.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern, mark = "|".join(map(re.escape, sorted(control, reverse=True))) or "(?!)", "\ufdd0"    # never a character
+    broken = [message | {key: re.sub(pattern, lambda found: found[0][0] + mark + found[0][1:], message[key])
+                         for key in ("role", "content")} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(broken, add_generation_prompt=True, tokenize=False)
+        if not text.strip():
+            raise ValueError("it writes nothing")
+        if broken == messages:
+            return tokenizer(text, add_special_tokens=False).input_ids
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        return [i for part in re.split(f"({pattern})", text) for i in
+                ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
+    except Exception as problem:                              # the template's own raise_exception, or a fault in it
+        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({problem})")
+
+
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))
@@ -809,188 +991,6 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, 
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
                  {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
-
-
-# ---- 6. Training ----
-def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
-    """The PPO epochs on one batch of rollouts: Eq. (2), mini-batch by mini-batch, until the target KL is passed.
-
-    batch        (ids, is_token, is_response, logp_old, advantage), each (B, T): this process's rollouts. is_response
-                 are the tokens to learn from: with --truncated mask, cut answers have none
-    stop_if_bad  is called with the gradient norm before every update
-    Returns {metric: float}, over all processes (docs/metrics.md).
-    """
-    length, response = batch[1].sum(-1).cpu(), batch[2]
-    tokens = accelerator.reduce(response.sum()).clamp(min=1)                   # response tokens of the global batch
-    updates = args.batch_size // args.mini_batch_size                          # updates per epoch
-    stopped, history, norms, seen = False, [], [], torch.zeros(5, device=response.device)
-    order, micro_batches = torch.cat([torch.randperm(len(response)) for _ in range(args.ppo_epochs)]), []
-    for mini in order.split(args.mini_batch_size // accelerator.num_processes):
-        # A mini-batch is random; within it rows of like length form a micro-batch: little padding.
-        micro_batches += mini[length[mini].argsort()].split(args.micro_batch_size)
-    for micro in micro_batches:
-        ids, is_token, is_response, logp_old, advantage = (x[micro, :length[micro].max()] for x in batch)
-        with accelerator.accumulate(policy):
-            logp = policy(ids, is_token, is_response)                                              # (micro, width)
-            # Eq. (2)'s E[.] is over the batch: a token weighs the same in every mini-batch.            # DEVIATION 9
-            # Mean of these tokens -> their share of the batch's mean -> times the updates that share the batch.
-            loss = ppo_loss(logp, logp_old, advantage, is_response, args.clip_range)
-            loss = loss * is_response.sum() / tokens * updates
-
-            log_ratio = torch.where(is_response, logp.detach() - logp_old, 0.0)
-            ratio = log_ratio.exp()
-            # k3 = r - 1 - log r, never negative, estimates KL(pi_old, pi_theta).
-            seen += torch.stack([loss.detach(), (ratio - 1 - log_ratio).sum(), (ratio - 1).abs().sum(),
-                                 ((ratio - 1).abs() > args.clip_range).sum(), is_response.sum()])
-            if accelerator.sync_gradients:                                     # the mini-batch is complete
-                total, *sums, count = accelerator.reduce(seen).tolist()
-                history.append((total, *(x / max(count, 1) for x in sums)))
-                seen.zero_()
-                stopped = bool(norms) and history[-1][1] > args.target_kl      # KL_target, Appendix C: no more updates
-            if stopped:
-                drop_update(accelerator, optimizer, loss)
-                break
-            # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
-            # undone here.
-            accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-        if accelerator.sync_gradients:
-            norms.append(clip_grad_norm(accelerator, policy.parameters(), args.max_grad_norm))
-            stop_if_bad(norms[-1])
-        optimizer.step()                                                       # of a whole mini-batch: else a no-op
-        optimizer.zero_grad()
-    means = dict(zip(("loss", "approx_kl", "ratio_error", "clip_fraction"), torch.tensor(history).mean(0).tolist()))
-    # KL: the last, which --target_kl was compared with. Ratio: the first, before any update, where it has to be 1.
-    return means | {"approx_kl": history[-1][1], "ratio_error": history[0][2], "grad_norm": sum(norms) / len(norms),
-                    "updates": len(norms)}
-
-
-def accumulation_steps(args, processes):
-    """Micro-batches per update. --mini_batch_size is the total over all processes, so that a run means the same on one
-    GPU and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    if args.mini_batch_size < 1 or args.mini_batch_size % processes or args.batch_size % args.mini_batch_size:
-        fail(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size {args.mini_batch_size}, and that "
-             f"of the {processes} processes")
-    args.micro_batch_size = min(args.micro_batch_size, args.mini_batch_size // processes)
-    if args.micro_batch_size < 1 or args.mini_batch_size % (args.micro_batch_size * processes):
-        fail(f"--mini_batch_size {args.mini_batch_size} is not a multiple of --micro_batch_size x processes = "
-             f"{args.micro_batch_size * processes}")
-    return args.mini_batch_size // (args.micro_batch_size * processes)
-
-
-def main(args):
-    started = time.time()
-    check_numbers(args)
-    accelerator = start_accelerator(args, accumulation_steps)
-    set_seed(args.seed, device_specific=True)
-    tokenizer = load(AutoTokenizer, args.model)
-    gvm_tokenizer = load(AutoTokenizer, args.gvm)
-    if (tokenizer.get_vocab(), tokenizer.chat_template) != (gvm_tokenizer.get_vocab(), gvm_tokenizer.chat_template):
-        fail(f"{args.gvm}: its tokenizer or chat template is not that of {args.model}. A GVM reads the policy's own "
-             f"tokens: train it from this SFT model")
-    if tokenizer.chat_template is None:
-        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    prompts = [row["prompt"] for row in read_rows(args.data, "rl", {"prompt": "prompt"}, args.bad_rows)]
-    data = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
-    data = [(prompt, ids) for prompt, ids in data if len(ids) <= args.max_prompt_length]
-    accelerator.print(f"{len(data)} prompts; {len(prompts) - len(data)} longer than {args.max_prompt_length} dropped")
-    if len(data) < args.batch_size:
-        fail(f"{args.data}: {len(data)} usable prompts do not fill one batch: lower --batch_size {args.batch_size}, or "
-             f"raise --max_prompt_length {args.max_prompt_length}")
-
-    # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
-    policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    dtype = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision] if args.frozen_dtype == "auto" else \
-        args.frozen_dtype
-    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=dtype).eval()
-    gvm = load(AutoModelForTokenClassification, args.gvm, kind="value", dtype=dtype).eval()
-    gvm_args = getattr(gvm.config, "gvm", None) or fail(f"{args.gvm}: not made by train_gvm.py (no gvm in config.json)")
-    context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, gvm))
-    if args.max_prompt_length + args.max_response_length > context:
-        fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
-    if args.max_prompt_length + args.max_response_length > gvm_args["max_length"]:
-        accelerator.print(f"rows may be longer than the {gvm_args['max_length']} tokens that the GVM was trained on")
-    output = start_run(accelerator, args)
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    policy, optimizer = accelerator.prepare(TokenLogp(policy), optimizer)
-    reference, gvm = prepare_frozen(accelerator, TokenLogp(reference)), prepare_frozen(accelerator, gvm)
-    epochs = math.ceil(args.steps / (len(data) // args.batch_size))
-    batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
-
-    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
-    started -= seconds
-    progress = tqdm(total=args.steps, initial=first, desc="dvpo", mininterval=1,
-                    disable=not accelerator.is_main_process)
-    for step, batch in enumerate(batches[first:], first + 1):
-        clock = [time.time()]
-        mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
-        questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
-        with gathered(accelerator, policy, "policy") as plain, accelerator.autocast():     # in scoring's precision
-            responses = rollout(plain, tokenizer, prompt_ids, args.max_response_length, args.rollout)
-        clock.append(time.time())
-
-        sequences = list(zip(prompt_ids, responses))
-        pool = gather_object(list(zip(questions, sequences)))          # tau: the current policy's own latest answers
-        behind_tau = [with_tau(question, sequence, pool, gvm_args["tau_pairs"], gvm_args["max_length"], random)
-                      for question, sequence in zip(questions, sequences)]
-        with accelerator.autocast():                                   # all three models in the update's precision
-            ids, is_token, is_response, logp_old, logp_ref, q = score_rollouts(
-                policy, reference, gvm, sequences, behind_tau, args, tokenizer.pad_token_id)
-        ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in responses], device=ids.device)[:, None]
-        reward = kl_reward(logp_old, logp_ref, is_response, args.kl_coef)                          # r^KL_t
-        if args.truncated == "penalise":
-            reward = reward - (last_token(is_response) & ~ended).float()
-        if args.advantage == "q":
-            advantage = advantage_q(q, reward, is_response)
-        elif args.advantage == "gae":
-            advantage = advantage_gae(q, reward, is_response, gvm_args["gamma"], args.gae_lambda)
-        else:
-            advantage = advantage_released(q, reward, is_response, gvm_args["gamma"], args.gae_lambda)
-        learned = is_response & ended if args.truncated == "mask" else is_response
-        advantage = whiten(advantage, learned, accelerator.reduce)
-        clock.append(time.time())
-
-        checkpoint_layers(policy, args.gradient_checkpointing)
-        metrics = improve(accelerator, policy, optimizer, (ids, is_token, learned, logp_old, advantage), args,
-                          lambda grad_norm: stop_if_not_finite(accelerator, policy, tokenizer, output, grad_norm,
-                                                               f"step {step}, rows {batch.tolist()}", "policy"))
-        checkpoint_layers(policy, False)
-        clock.append(time.time())
-        if metrics["ratio_error"] > (1e-4 if accelerator.mixed_precision == "no" else 0.1):
-            fail(f"step {step}: the ratio differs from 1 by {metrics['ratio_error']:.2g} on average before the first "
-                 f"update: log pi_old and log pi_theta are not computed alike (dropout? another precision?)")
-        record = {"step": step} | metrics
-        per_response = {
-            "value": torch.where(last_token(is_response), q * gvm_args["reward_std"], 0.0).sum(-1)
-            + gvm_args["reward_mean"],                                         # in units of the training scores
-            "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
-            "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
-            "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
-        record |= {name: (accelerator.reduce(x.sum()) / args.batch_size).item() for name, x in per_response.items()}
-        record |= {f"seconds_{part}": clock[i + 1] - clock[i] for i, part in enumerate(("generate", "score", "update"))}
-        record["seconds"] = time.time() - started
-        samples = gather_object([
-            {"step": step, "prompt": question, "response": tokenizer.decode(response, skip_special_tokens=True),
-             "value": round(value, 4), "kl": round(kl, 4)} for question, response, value, kl
-            in zip(questions, responses, per_response["value"].tolist(), per_response["kl"].tolist())])
-        progress.update()
-        progress.set_postfix({name: f"{record[name]:.3f}" for name in ("value", "kl", "response_length")})
-        if accelerator.is_main_process:
-            write_lines(output / "metrics.jsonl", [record])
-            accelerator.log(record, step=step)
-            write_lines(output / "rollouts.jsonl", samples)
-        if accelerator.is_main_process and step % args.sample_every == 0:
-            progress.write("\n".join(f"{step:5} {it['value']:+.2f}  {it['prompt']}\n{'':12}{it['response']}"
-                                     for it in samples[:3]))
-        save_if_due(accelerator, output, step, args.steps, args.save_steps)
-    progress.close()
-    save_run(accelerator, policy, tokenizer, output,
-             f"# DVPO policy\n\n`{args.model}` aligned by the frozen value model `{args.gvm}` on prompts of "
-             f"`{args.data}` (rl): {args.steps} steps of {args.batch_size} rollouts.",
-             {name: record[name] for name in ("value", "kl", "response_length", "eos_rate")}, "policy")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

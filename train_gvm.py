@@ -11,7 +11,7 @@ Masks    is_token (B, T) no padding; is_response (B, T) tokens that the behaviou
 Where    q[b, t] is read *at* the position of token a_t = y^t: there the model has seen s_t = [x, y^{<t}] and a_t.
          One position earlier it has seen s_t only: that is V(s_t), which the authors' released code uses instead.
 
-The method is in sections 3, 4 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
+Sections 1 to 5 are the method. Section 6 is the same in every script: it can be left for later.
 """
 import json
 import math
@@ -71,134 +71,7 @@ class Args:
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
-def fail(message):
-    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
-    raise SystemExit(f"error: {' '.join(message.splitlines())}")
-
-
-def parse_args(cls, argv):
-    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
-    parser = HfArgumentParser(cls, allow_abbrev=False)
-    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
-    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    for flag in flags:
-        if flags.count(flag) > 1:
-            fail(f"{flag} is given twice (several values stand behind one flag)")
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        try:
-            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        except Exception as problem:                          # a broken !!int or !!timestamp is no YAMLError
-            fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
-        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
-            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
-        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
-    return cls(**vars(parser.parse_args(argv)))
-
-
-def check_numbers(args):
-    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
-    for name, value in vars(args).items():
-        may_be_0 = name in ("seed", "retries", "warmup_steps", "tau_pairs", "save_steps")
-        least = 0 if type(value) is float or may_be_0 else 1
-        most = 2 ** 32 if name == "seed" else math.inf        # numpy's generators take no larger seed
-        if type(value) in (int, float) and not least <= value < most:
-            fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
-
-
 # ---- 2. Data ----
-def row_problem(row, fields):
-    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    for name, kind in fields.items():
-        value = row.get(name)
-        text = isinstance(value, str) and bool(value.strip())
-        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
-                                                         isinstance(m.get("content"), str) for m in value)
-        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
-        if value is None:
-            return f'no field "{name}"'
-        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
-            return f'"{name}" is not a finite number: {value!r}'
-        if kind == "text" and not text:
-            return f'"{name}" is empty or not a string'
-        if kind == "prompt" and not (text or chat):
-            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
-    same = "chosen" in fields and row["chosen"] == row["rejected"]
-    return '"chosen" and "rejected" are the same text' if same else None
-
-
-def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
-    """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
-
-    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
-              split "test" is read for a "test_*" file, "train" for our other files, and any other split by its name
-    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
-    """
-    path = Path(data) / f"{split}.jsonl"
-    if os.path.isfile(path):                      # not path.is_file(): it raises on a name that is too long
-        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
-    elif os.path.exists(data) or str(data).count("/") != 1:
-        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
-    else:
-        import datasets
-        try:
-            theirs = {"sft": "train", "scored": "train", "pairs": "train", "rl": "train"}.get(split, split)
-            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test_") else theirs)
-        except Exception as problem:
-            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
-    rows, skipped = [], 0
-    for number, line in enumerate(lines, 1):
-        if isinstance(line, bytes) and not line.strip():
-            continue
-        try:
-            row = json.loads(line) if isinstance(line, bytes) else line
-            json.dumps(row, ensure_ascii=False, default=str).encode()          # half a character (\\ud800) is no text
-            problem = row_problem(row, fields) or also(row)
-        except (ValueError, OverflowError, RecursionError) as error:
-            problem = f"invalid JSON ({error})"
-        if problem and bad_rows == "error":
-            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
-        skipped += bool(problem)
-        rows += [] if problem else [row]
-    if skipped:
-        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
-    return rows or fail(f"{path}: no usable row")
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
-
-    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
-    A control token spelled out in a message ("<|im_end|>", typed by a user or left in scraped text) would end the turn.
-    It stays text, as in encode_response: a mark breaks it until the template's own control tokens are found.
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern, mark = "|".join(map(re.escape, sorted(control, reverse=True))) or "(?!)", "\ufdd0"    # never a character
-    broken = [message | {key: re.sub(pattern, lambda found: found[0][0] + mark + found[0][1:], message[key])
-                         for key in ("role", "content")} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(broken, add_generation_prompt=True, tokenize=False)
-        if not text.strip():
-            raise ValueError("it writes nothing")
-        if broken == messages:
-            return tokenizer(text, add_special_tokens=False).input_ids
-        plain = {"add_special_tokens": False, "split_special_tokens": True}
-        return [i for part in re.split(f"({pattern})", text) for i in
-                ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
-    except Exception as problem:                              # the template's own raise_exception, or a fault in it
-        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({problem})")
-
-
-def encode_response(tokenizer, response):
-    """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
-    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [tokenizer.eos_token_id]
-
-
 def same_tokens(row, tokenizer):
     """The fault of a pair whose answers differ as texts, but not as tokens; None if there is none."""
     chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
@@ -396,7 +269,258 @@ def evaluate(model, pairs, args, tokenizer):
     return {name: pair_accuracy(score[0::2], score[1::2]) for name, score in scores.items()}
 
 
-# ---- 5. Engine and run folder: the same in every script ----
+# ---- 5. Training ----
+def accumulation_steps(args, processes):
+    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
+    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
+    if args.batch_size < 1 or args.batch_size % processes:
+        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
+    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.batch_size // (args.micro_batch_size * processes)
+
+
+def main(args):
+    started = time.time()
+    check_numbers(args)
+    if not (0 < args.gamma <= 1 and args.td_lambda <= 1):
+        fail(f"--gamma {args.gamma} and --td_lambda {args.td_lambda} have to be at most 1, and --gamma above 0")
+    accelerator = start_accelerator(args, accumulation_steps)
+    set_seed(args.seed)
+    tokenizer = load(AutoTokenizer, args.model)
+    if tokenizer.chat_template is None:
+        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+
+    split = "scored" if args.supervision == "scores" else "pairs"
+    data, dropped = read_trajectories(args, tokenizer, split, args.supervision)
+    accelerator.print(f"{len(data)} trajectories; {dropped} rows longer than {args.max_length} tokens dropped")
+    if len(data) < args.batch_size:
+        fail(f"{args.data}: {len(data)} trajectories do not fill one batch: lower --batch_size {args.batch_size}, or "
+             f"raise --max_length {args.max_length}")
+    rewards = torch.tensor([trajectory.reward for trajectory in data], dtype=torch.float64)
+    # Scores of any scale: learn in units of the training set's deviation, and save both to map values back. DEVIATION 7
+    mean, std = 0.0, 1.0
+    if args.supervision == "scores":
+        mean, std = rewards.mean().item(), rewards.std(correction=0).item()
+    if rewards.min() == rewards.max() or not math.isfinite(std):
+        fail(f"{args.data}: all rewards are equal ({mean}), or too large to have a deviation: nothing to learn")
+    rewards = ((rewards - mean) / std).float()
+    pairs = []
+    if not Path(args.data).is_dir() or (Path(args.data) / "test_pairs.jsonl").is_file():
+        pairs, _ = read_trajectories(args, tokenizer, "test_pairs", "pairs")
+    else:
+        accelerator.print(f"{args.data}: no test_pairs.jsonl, so no pair accuracy is measured")
+
+    config = AutoConfig.from_pretrained(args.model, num_labels=1)
+    config.classifier_dropout = config.attention_dropout = 0.0         # a value is a number, not a lottery
+    config.gvm = {"gamma": args.gamma, "td_lambda": args.td_lambda, "tau_pairs": args.tau_pairs,
+                  "max_length": args.max_length, "supervision": args.supervision, "reward_mean": mean,
+                  "reward_std": std}
+    model = load(AutoModelForTokenClassification, args.model, kind="policy", config=config, dtype=torch.float32)
+    if args.max_length > getattr(config, "max_position_embeddings", math.inf):
+        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
+    for parameter in value_head(model).parameters():
+        torch.nn.init.zeros_(parameter)                                # Q = 0 everywhere: no opinion before the data
+    pool = pool_by_policy(data)
+    with_taus(pairs, pool_by_policy(pairs), args, range(len(pairs)))   # too few pairs for tau? Better now than later
+    output = start_run(accelerator, args)
+    model.eval()                                                       # dropout off; gradients flow all the same
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    lengths = torch.tensor([sum(map(len, trajectory.sequence)) for trajectory in data])
+    updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
+    scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, args.gradient_checkpointing)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
+    # The rate is a function of the update. A scheduler's own state would be read as an unchecked pickle.
+    started, scheduler.last_epoch = started - seconds, first
+    progress = tqdm(total=len(updates), initial=first, desc="gvm", mininterval=1,
+                    disable=not accelerator.is_main_process)
+    for update, batch in enumerate(updates[first:], first + 1):
+        tokens = sum(len(data[row].sequence[1]) + 1 for row in batch)          # value positions of the whole update
+        mine = batch[accelerator.process_index::accelerator.num_processes]
+        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
+        loss_of_update = torch.zeros((), device=accelerator.device)
+        for micro in mine.split(args.micro_batch_size):
+            seeds = [f"{args.seed} {update} {row}" for row in micro]
+            sequences = with_taus([data[row] for row in micro], pool, args, seeds)
+            ids, is_token, is_response = collate(sequences, tokenizer.pad_token_id, accelerator.device)
+            reward = last_token(is_response) * rewards[micro, None].to(accelerator.device)             # (B, T): r_t
+            is_value = value_positions(is_response)
+            with accelerator.accumulate(model):
+                q = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()
+                # A micro-batch counts by its share of the update's positions, so that the update is the mean over all
+                # of them however they are divided into micro-batches and processes. backward() divides by the number
+                # of micro-batches, and the processes' gradients are averaged: both are undone here.
+                loss = td_loss(q, reward, is_value, args.gamma, args.td_lambda) * is_value.sum() / tokens
+                accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
+            loss_of_update += loss.detach()
+        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
+        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, rows {batch.tolist()}")
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+        progress.update()
+        last = update == len(updates)
+        record = {"update": update, "loss": accelerator.reduce(loss_of_update).item(), "grad_norm": grad_norm,
+                  "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
+        if pairs and (update % args.eval_every == 0 or last):
+            with gathered(accelerator, model) as plain:
+                record["pair_accuracy"] = evaluate(plain, pairs, args, tokenizer)
+            accelerator.print("\nheld-out pair accuracy: mean value {mean:.3f}, last value {last:.3f}".format(
+                **record["pair_accuracy"]))
+        accuracy = {f"pair_accuracy/{name}": x for name, x in record.get("pair_accuracy", {}).items()}
+        if accelerator.is_main_process and (update % args.log_every == 0 or "pair_accuracy" in record or last):
+            write_lines(output / "metrics.jsonl", [record])
+            accelerator.log({name: x for name, x in record.items() if name != "pair_accuracy"} | accuracy, step=update)
+            progress.set_postfix(loss=f"{record['loss']:.3f}")
+        save_if_due(accelerator, output, update, len(updates), args.save_steps)
+    progress.close()
+    save_run(accelerator, model, tokenizer, output,
+             f"# Global value model\n\nQ(tau, s_t, a_t): the score that an answer is expected to get once token a_t is "
+             f"written, if the policy that began it goes on. Started from `{args.model}`, trained on {len(data)} "
+             f"trajectories of `{args.data}` ({split}), {args.epochs} epochs, {len(updates)} updates.\n\n`q = model("
+             f"input_ids=ids).logits.squeeze(-1)` is (B, T): the value of each token, after it is read, in standard "
+             f"deviations of the training scores. `q * {std:.6g} + {mean:.6g}` (config.gvm) is in units of the scores.",
+             {"loss": record["loss"]} | accuracy)
+    accelerator.end_training()
+
+
+# ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----
+def fail(message):
+    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
+    raise SystemExit(f"error: {' '.join(message.splitlines())}")
+
+
+def parse_args(cls, argv):
+    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
+    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
+    parser = HfArgumentParser(cls, allow_abbrev=False)
+    parser.error = lambda message: fail(f"{message} (--help lists all flags)")
+    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
+    for flag in flags:
+        if flags.count(flag) > 1:
+            fail(f"{flag} is given twice (several values stand behind one flag)")
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
+        try:
+            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
+        except Exception as problem:                          # a broken !!int or !!timestamp is no YAMLError
+            fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
+        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
+            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
+        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def check_numbers(args):
+    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
+    for name, value in vars(args).items():
+        may_be_0 = name in ("seed", "retries", "warmup_steps", "tau_pairs", "save_steps")
+        least = 0 if type(value) is float or may_be_0 else 1
+        most = 2 ** 32 if name == "seed" else math.inf        # numpy's generators take no larger seed
+        if type(value) in (int, float) and not least <= value < most:
+            fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
+
+
+def row_problem(row, fields):
+    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for name, kind in fields.items():
+        value = row.get(name)
+        text = isinstance(value, str) and bool(value.strip())
+        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
+                                                         isinstance(m.get("content"), str) for m in value)
+        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
+        if value is None:
+            return f'no field "{name}"'
+        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
+            return f'"{name}" is not a finite number: {value!r}'
+        if kind == "text" and not text:
+            return f'"{name}" is empty or not a string'
+        if kind == "prompt" and not (text or chat):
+            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
+    same = "chosen" in fields and row["chosen"] == row["rejected"]
+    return '"chosen" and "rejected" are the same text' if same else None
+
+
+def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
+    """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
+
+    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
+              split "test" is read for a "test_*" file, "train" for our other files, and any other split by its name
+    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
+    """
+    path = Path(data) / f"{split}.jsonl"
+    if os.path.isfile(path):                      # not path.is_file(): it raises on a name that is too long
+        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
+    elif os.path.exists(data) or str(data).count("/") != 1:
+        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
+    else:
+        import datasets
+        try:
+            theirs = {"sft": "train", "scored": "train", "pairs": "train", "rl": "train"}.get(split, split)
+            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test_") else theirs)
+        except Exception as problem:
+            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
+    rows, skipped = [], 0
+    for number, line in enumerate(lines, 1):
+        if isinstance(line, bytes) and not line.strip():
+            continue
+        try:
+            row = json.loads(line) if isinstance(line, bytes) else line
+            json.dumps(row, ensure_ascii=False, default=str).encode()          # half a character (\\ud800) is no text
+            problem = row_problem(row, fields) or also(row)
+        except (ValueError, OverflowError, RecursionError) as error:
+            problem = f"invalid JSON ({error})"
+        if problem and bad_rows == "error":
+            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
+        skipped += bool(problem)
+        rows += [] if problem else [row]
+    if skipped:
+        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
+    return rows or fail(f"{path}: no usable row")
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
+
+    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
+    A control token spelled out in a message ("<|im_end|>", typed by a user or left in scraped text) would end the turn.
+    It stays text, as in encode_response: a mark breaks it until the template's own control tokens are found.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    pattern, mark = "|".join(map(re.escape, sorted(control, reverse=True))) or "(?!)", "\ufdd0"    # never a character
+    broken = [message | {key: re.sub(pattern, lambda found: found[0][0] + mark + found[0][1:], message[key])
+                         for key in ("role", "content")} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(broken, add_generation_prompt=True, tokenize=False)
+        if not text.strip():
+            raise ValueError("it writes nothing")
+        if broken == messages:
+            return tokenizer(text, add_special_tokens=False).input_ids
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        return [i for part in re.split(f"({pattern})", text) for i in
+                ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
+    except Exception as problem:                              # the template's own raise_exception, or a fault in it
+        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({problem})")
+
+
+def encode_response(tokenizer, response):
+    """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
+    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
+    return ids + [tokenizer.eos_token_id]
+
+
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))
@@ -721,130 +845,6 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, 
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
                  {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
-
-
-# ---- 6. Training ----
-def accumulation_steps(args, processes):
-    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
-    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    if args.batch_size < 1 or args.batch_size % processes:
-        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
-    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
-    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
-        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
-             f"{args.micro_batch_size * processes}")
-    return args.batch_size // (args.micro_batch_size * processes)
-
-
-def main(args):
-    started = time.time()
-    check_numbers(args)
-    if not (0 < args.gamma <= 1 and args.td_lambda <= 1):
-        fail(f"--gamma {args.gamma} and --td_lambda {args.td_lambda} have to be at most 1, and --gamma above 0")
-    accelerator = start_accelerator(args, accumulation_steps)
-    set_seed(args.seed)
-    tokenizer = load(AutoTokenizer, args.model)
-    if tokenizer.chat_template is None:
-        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-
-    split = "scored" if args.supervision == "scores" else "pairs"
-    data, dropped = read_trajectories(args, tokenizer, split, args.supervision)
-    accelerator.print(f"{len(data)} trajectories; {dropped} rows longer than {args.max_length} tokens dropped")
-    if len(data) < args.batch_size:
-        fail(f"{args.data}: {len(data)} trajectories do not fill one batch: lower --batch_size {args.batch_size}, or "
-             f"raise --max_length {args.max_length}")
-    rewards = torch.tensor([trajectory.reward for trajectory in data], dtype=torch.float64)
-    # Scores of any scale: learn in units of the training set's deviation, and save both to map values back. DEVIATION 7
-    mean, std = 0.0, 1.0
-    if args.supervision == "scores":
-        mean, std = rewards.mean().item(), rewards.std(correction=0).item()
-    if rewards.min() == rewards.max() or not math.isfinite(std):
-        fail(f"{args.data}: all rewards are equal ({mean}), or too large to have a deviation: nothing to learn")
-    rewards = ((rewards - mean) / std).float()
-    pairs = []
-    if not Path(args.data).is_dir() or (Path(args.data) / "test_pairs.jsonl").is_file():
-        pairs, _ = read_trajectories(args, tokenizer, "test_pairs", "pairs")
-    else:
-        accelerator.print(f"{args.data}: no test_pairs.jsonl, so no pair accuracy is measured")
-
-    config = AutoConfig.from_pretrained(args.model, num_labels=1)
-    config.classifier_dropout = config.attention_dropout = 0.0         # a value is a number, not a lottery
-    config.gvm = {"gamma": args.gamma, "td_lambda": args.td_lambda, "tau_pairs": args.tau_pairs,
-                  "max_length": args.max_length, "supervision": args.supervision, "reward_mean": mean,
-                  "reward_std": std}
-    model = load(AutoModelForTokenClassification, args.model, kind="policy", config=config, dtype=torch.float32)
-    if args.max_length > getattr(config, "max_position_embeddings", math.inf):
-        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
-    for parameter in value_head(model).parameters():
-        torch.nn.init.zeros_(parameter)                                # Q = 0 everywhere: no opinion before the data
-    pool = pool_by_policy(data)
-    with_taus(pairs, pool_by_policy(pairs), args, range(len(pairs)))   # too few pairs for tau? Better now than later
-    output = start_run(accelerator, args)
-    model.eval()                                                       # dropout off; gradients flow all the same
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    lengths = torch.tensor([sum(map(len, trajectory.sequence)) for trajectory in data])
-    updates = update_order(len(data), args.batch_size, args.epochs, args.seed)
-    scheduler = get_scheduler("cosine", optimizer, min(args.warmup_steps, len(updates)), len(updates))
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    checkpoint_layers(model, args.gradient_checkpointing)
-    model, optimizer = accelerator.prepare(model, optimizer)
-
-    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
-    # The rate is a function of the update. A scheduler's own state would be read as an unchecked pickle.
-    started, scheduler.last_epoch = started - seconds, first
-    progress = tqdm(total=len(updates), initial=first, desc="gvm", mininterval=1,
-                    disable=not accelerator.is_main_process)
-    for update, batch in enumerate(updates[first:], first + 1):
-        tokens = sum(len(data[row].sequence[1]) + 1 for row in batch)          # value positions of the whole update
-        mine = batch[accelerator.process_index::accelerator.num_processes]
-        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
-        loss_of_update = torch.zeros((), device=accelerator.device)
-        for micro in mine.split(args.micro_batch_size):
-            seeds = [f"{args.seed} {update} {row}" for row in micro]
-            sequences = with_taus([data[row] for row in micro], pool, args, seeds)
-            ids, is_token, is_response = collate(sequences, tokenizer.pad_token_id, accelerator.device)
-            reward = last_token(is_response) * rewards[micro, None].to(accelerator.device)             # (B, T): r_t
-            is_value = value_positions(is_response)
-            with accelerator.accumulate(model):
-                q = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()
-                # A micro-batch counts by its share of the update's positions, so that the update is the mean over all
-                # of them however they are divided into micro-batches and processes. backward() divides by the number
-                # of micro-batches, and the processes' gradients are averaged: both are undone here.
-                loss = td_loss(q, reward, is_value, args.gamma, args.td_lambda) * is_value.sum() / tokens
-                accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-            loss_of_update += loss.detach()
-        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
-        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, rows {batch.tolist()}")
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-
-        progress.update()
-        last = update == len(updates)
-        record = {"update": update, "loss": accelerator.reduce(loss_of_update).item(), "grad_norm": grad_norm,
-                  "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
-        if pairs and (update % args.eval_every == 0 or last):
-            with gathered(accelerator, model) as plain:
-                record["pair_accuracy"] = evaluate(plain, pairs, args, tokenizer)
-            accelerator.print("\nheld-out pair accuracy: mean value {mean:.3f}, last value {last:.3f}".format(
-                **record["pair_accuracy"]))
-        accuracy = {f"pair_accuracy/{name}": x for name, x in record.get("pair_accuracy", {}).items()}
-        if accelerator.is_main_process and (update % args.log_every == 0 or "pair_accuracy" in record or last):
-            write_lines(output / "metrics.jsonl", [record])
-            accelerator.log({name: x for name, x in record.items() if name != "pair_accuracy"} | accuracy, step=update)
-            progress.set_postfix(loss=f"{record['loss']:.3f}")
-        save_if_due(accelerator, output, update, len(updates), args.save_steps)
-    progress.close()
-    save_run(accelerator, model, tokenizer, output,
-             f"# Global value model\n\nQ(tau, s_t, a_t): the score that an answer is expected to get once token a_t is "
-             f"written, if the policy that began it goes on. Started from `{args.model}`, trained on {len(data)} "
-             f"trajectories of `{args.data}` ({split}), {args.epochs} epochs, {len(updates)} updates.\n\n`q = model("
-             f"input_ids=ids).logits.squeeze(-1)` is (B, T): the value of each token, after it is read, in standard "
-             f"deviations of the training scores. `q * {std:.6g} + {mean:.6g}` (config.gvm) is in units of the scores.",
-             {"loss": record["loss"]} | accuracy)
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Shapes   B pairs, so 2B rows: chosen, rejected, chosen, rejected, ... T tokens o
          Rows are [prompt | response | padding].
 Masks    is_token (2B, T) no padding; is_response (2B, T) tokens of the answer, EOS included.
 
-The method is in sections 3, 4 and 6. Sections 2 and 5 (data; engine and run folder) are the same in every script.
+Sections 1 to 5 are the method. Section 6 is the same in every script: it can be left for later.
 """
 import json
 import math
@@ -66,6 +66,200 @@ class Args:
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
+# ---- 2. Data ----
+def same_tokens(row, tokenizer):
+    """The fault of a pair whose answers differ as texts, but not as tokens; None if there is none."""
+    chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
+    return '"chosen" and "rejected" are the same tokens' if chosen == rejected else None
+
+
+def collate(sequences, pad_id, device):
+    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+
+    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
+    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+    position = torch.arange(longest)                                                               # (T,)
+    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+
+
+def update_order(n, batch_size, epochs, seed):
+    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
+
+    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
+    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
+    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
+    return torch.cat(orders).view(-1, batch_size)
+
+
+def read_pairs(args, tokenizer, split):
+    """data/split.jsonl -> ([(prompt ids, chosen ids), (prompt ids, rejected ids), ...], number of pairs dropped).
+
+    The two answers of a pair stand next to each other. A pair with a row longer than max_length is dropped whole. One
+    whose answers are the same tokens is a bad row: its gradient would be zero.
+    """
+    fields = {"prompt": "prompt", "chosen": "text", "rejected": "text"}
+    rows, kept = read_rows(args.data, split, fields, args.bad_rows, lambda row: same_tokens(row, tokenizer)), []
+    for row in rows:
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
+        if len(prompt) + max(len(chosen), len(rejected)) <= args.max_length:
+            kept += [(prompt, chosen), (prompt, rejected)]
+    return kept, len(rows) - len(kept) // 2
+
+
+# ---- 3. Loss: Bradley-Terry ----
+def bradley_terry_loss(chosen, rejected):
+    """-log P(chosen is better), with P = sigmoid(r(x, y_chosen) - r(x, y_rejected)). (B,) and (B,) float -> scalar,
+    the mean over the pairs. Only differences of scores are learned: their zero and their scale are arbitrary."""
+    assert chosen.shape == rejected.shape and chosen.dim() == 1
+    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
+
+
+# ---- 4. Measuring: pair accuracy, and the scale of the scores ----
+@torch.no_grad()
+def sequence_scores(model, sequences, batch_size, pad_id):
+    """The scores of N (prompt ids, response ids): (N,) float."""
+    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
+    parts = []
+    for start in range(0, len(order), batch_size):
+        ids, is_token, _ = collate([sequences[row] for row in order[start:start + batch_size]], pad_id, model.device)
+        parts.append(model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float().cpu())
+    return torch.cat(parts)[torch.tensor(order).argsort()]
+
+
+def value_head(model):
+    """The linear layer hidden -> 1, whatever the architecture calls it."""
+    return getattr(model, "score", None) or model.classifier
+
+
+def pair_accuracy(chosen, rejected):
+    """Share of pairs in which the better answer has the higher score; a tie counts half. (N,) and (N,) -> float."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+
+
+# ---- 5. Training ----
+def accumulation_steps(args, processes):
+    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
+    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
+    if args.batch_size < 1 or args.batch_size % processes:
+        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
+    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.batch_size // (args.micro_batch_size * processes)
+
+
+def main(args):
+    started = time.time()
+    check_numbers(args)
+    accelerator = start_accelerator(args, accumulation_steps)
+    set_seed(args.seed)
+    tokenizer = load(AutoTokenizer, args.model)
+    if tokenizer.chat_template is None:
+        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
+    # Stock transformers reads the score at the last token that is not the pad token. If that is EOS, it reads the score
+    # before EOS; any other token will do, since no answer ends with it.
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0 if tokenizer.eos_token_id != 0 else 1)
+        accelerator.print(f"scores are read at EOS, so padding is {tokenizer.pad_token!r} in this model")
+
+    data, dropped = read_pairs(args, tokenizer, "pairs")
+    n = len(data) // 2
+    accelerator.print(f"{n} pairs; {dropped} longer than {args.max_length} tokens dropped")
+    if n < args.batch_size:
+        fail(f"{args.data}: {n} pairs do not fill one batch: lower --batch_size {args.batch_size}, or raise "
+             f"--max_length {args.max_length}")
+    pairs = []
+    if not Path(args.data).is_dir() or (Path(args.data) / "test_pairs.jsonl").is_file():
+        pairs, _ = read_pairs(args, tokenizer, "test_pairs")
+    else:
+        accelerator.print(f"{args.data}: no test_pairs.jsonl, so no pair accuracy is measured")
+
+    config = AutoConfig.from_pretrained(args.model, num_labels=1)
+    config.attention_dropout, config.pad_token_id = 0.0, tokenizer.pad_token_id
+    model = load(AutoModelForSequenceClassification, args.model, kind="policy", config=config, dtype=torch.float32)
+    if args.max_length > getattr(config, "max_position_embeddings", math.inf):
+        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
+    for parameter in value_head(model).parameters():
+        torch.nn.init.zeros_(parameter)                                # r = 0 everywhere: no opinion before the data
+    output = start_run(accelerator, args)
+    model.eval()                                                       # dropout off; gradients flow all the same
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    lengths = torch.tensor([sum(map(len, sequence)) for sequence in data]).view(n, 2).amax(1)
+    updates = update_order(n, args.batch_size, args.epochs, args.seed)
+    scheduler = get_scheduler("linear", optimizer, min(args.warmup_steps, len(updates)), len(updates))
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model, args.gradient_checkpointing)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
+    # The rate is a function of the update. A scheduler's own state would be read as an unchecked pickle.
+    started, scheduler.last_epoch = started - seconds, first
+    progress = tqdm(total=len(updates), initial=first, desc="reward model", mininterval=1,
+                    disable=not accelerator.is_main_process)
+    for update, batch in enumerate(updates[first:], first + 1):
+        mine = batch[accelerator.process_index::accelerator.num_processes]
+        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
+        totals = torch.zeros(2, device=accelerator.device)                     # loss, pairs ranked rightly
+        for micro in mine.split(args.micro_batch_size):
+            sequences = [data[2 * row + side] for row in micro for side in (0, 1)]
+            ids, is_token, _ = collate(sequences, tokenizer.pad_token_id, accelerator.device)
+            with accelerator.accumulate(model):
+                score = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()
+                loss = bradley_terry_loss(score[0::2], score[1::2])
+                accelerator.backward(loss)     # its mean over micro-batches and processes: all hold as many pairs
+            totals += torch.stack([loss.detach() * len(micro), (score[0::2] > score[1::2]).sum()])
+        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
+        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, pairs {batch.tolist()}")
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+
+        progress.update()
+        last = update == len(updates)
+        loss, right = (accelerator.reduce(totals) / args.batch_size).tolist()
+        record = {"update": update, "loss": loss, "accuracy": right, "grad_norm": grad_norm,
+                  "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
+        if pairs and (update % args.eval_every == 0 or last):
+            with gathered(accelerator, model) as plain:
+                score = sequence_scores(plain, pairs, args.micro_batch_size, tokenizer.pad_token_id)
+            record["pair_accuracy"] = pair_accuracy(score[0::2], score[1::2])
+            accelerator.print(f"\nheld-out pair accuracy: {record['pair_accuracy']:.3f}")
+        if accelerator.is_main_process and (update % args.log_every == 0 or "pair_accuracy" in record or last):
+            write_lines(output / "metrics.jsonl", [record])
+            accelerator.log(record, step=update)
+            progress.set_postfix(loss=f"{record['loss']:.3f}")
+        save_if_due(accelerator, output, update, len(updates), args.save_steps)
+    progress.close()
+    # A Bradley-Terry score has no scale of its own. PPO and ReMax weigh it against a KL penalty, so they need one.
+    some = update_order(n, min(n, 1024), 1, args.seed)[0]              # rows at random: a file may be sorted
+    with gathered(accelerator, model) as plain:
+        score = sequence_scores(plain, [data[2 * row + side] for row in some for side in (0, 1)],
+                                args.micro_batch_size, tokenizer.pad_token_id)
+    std = score.std(correction=0).item() or 1.0
+    accelerator.unwrap_model(model).config.reward_model = {"reward_mean": score.mean().item(), "reward_std": std}
+    save_run(accelerator, model, tokenizer, output,
+             f"# Scalar reward model\n\nBradley-Terry, started from `{args.model}`, trained on {n} pairs of "
+             f"`{args.data}` (pairs), {args.epochs} epochs, {len(updates)} updates.\n\n`model(input_ids=ids, "
+             f"attention_mask=mask).logits.squeeze(-1)` is (B,): the score of prompt and answer, read at EOS. On "
+             f"training answers its mean is {score.mean().item():.4g}, its standard deviation {std:.4g} "
+             f"(config.reward_model).", {name: record[name] for name in ("loss", "accuracy", "pair_accuracy")
+                                         if name in record})
+    accelerator.end_training()
+
+
+# ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----
 def fail(message):
     """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
     raise SystemExit(f"error: {' '.join(message.splitlines())}")
@@ -102,7 +296,6 @@ def check_numbers(args):
             fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
 
 
-# ---- 2. Data ----
 def row_problem(row, fields):
     """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
     if not isinstance(row, dict):
@@ -194,86 +387,6 @@ def encode_response(tokenizer, response):
     return ids + [tokenizer.eos_token_id]
 
 
-def same_tokens(row, tokenizer):
-    """The fault of a pair whose answers differ as texts, but not as tokens; None if there is none."""
-    chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
-    return '"chosen" and "rejected" are the same tokens' if chosen == rejected else None
-
-
-def collate(sequences, pad_id, device):
-    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
-
-    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
-    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
-    """
-    longest = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
-    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
-    for row, (prompt, response) in enumerate(sequences):
-        ids[row, :end[row]] = torch.tensor([*prompt, *response])
-    position = torch.arange(longest)                                                               # (T,)
-    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
-
-
-def update_order(n, batch_size, epochs, seed):
-    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
-
-    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
-    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
-    return torch.cat(orders).view(-1, batch_size)
-
-
-def read_pairs(args, tokenizer, split):
-    """data/split.jsonl -> ([(prompt ids, chosen ids), (prompt ids, rejected ids), ...], number of pairs dropped).
-
-    The two answers of a pair stand next to each other. A pair with a row longer than max_length is dropped whole. One
-    whose answers are the same tokens is a bad row: its gradient would be zero.
-    """
-    fields = {"prompt": "prompt", "chosen": "text", "rejected": "text"}
-    rows, kept = read_rows(args.data, split, fields, args.bad_rows, lambda row: same_tokens(row, tokenizer)), []
-    for row in rows:
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
-        if len(prompt) + max(len(chosen), len(rejected)) <= args.max_length:
-            kept += [(prompt, chosen), (prompt, rejected)]
-    return kept, len(rows) - len(kept) // 2
-
-
-# ---- 3. Loss: Bradley-Terry ----
-def bradley_terry_loss(chosen, rejected):
-    """-log P(chosen is better), with P = sigmoid(r(x, y_chosen) - r(x, y_rejected)). (B,) and (B,) float -> scalar,
-    the mean over the pairs. Only differences of scores are learned: their zero and their scale are arbitrary."""
-    assert chosen.shape == rejected.shape and chosen.dim() == 1
-    return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
-
-
-# ---- 4. Measuring: pair accuracy, and the scale of the scores ----
-@torch.no_grad()
-def sequence_scores(model, sequences, batch_size, pad_id):
-    """The scores of N (prompt ids, response ids): (N,) float."""
-    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
-    parts = []
-    for start in range(0, len(order), batch_size):
-        ids, is_token, _ = collate([sequences[row] for row in order[start:start + batch_size]], pad_id, model.device)
-        parts.append(model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float().cpu())
-    return torch.cat(parts)[torch.tensor(order).argsort()]
-
-
-def value_head(model):
-    """The linear layer hidden -> 1, whatever the architecture calls it."""
-    return getattr(model, "score", None) or model.classifier
-
-
-def pair_accuracy(chosen, rejected):
-    """Share of pairs in which the better answer has the higher score; a tie counts half. (N,) and (N,) -> float."""
-    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
-
-
-# ---- 5. Engine and run folder: the same in every script ----
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
     accelerator = Accelerator(**tracker(args))
@@ -598,119 +711,6 @@ def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, 
         save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
                  {"grad_norm": grad_norm}, part)
         fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
-
-
-# ---- 6. Training ----
-def accumulation_steps(args, processes):
-    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
-    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    if args.batch_size < 1 or args.batch_size % processes:
-        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
-    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
-    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
-        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
-             f"{args.micro_batch_size * processes}")
-    return args.batch_size // (args.micro_batch_size * processes)
-
-
-def main(args):
-    started = time.time()
-    check_numbers(args)
-    accelerator = start_accelerator(args, accumulation_steps)
-    set_seed(args.seed)
-    tokenizer = load(AutoTokenizer, args.model)
-    if tokenizer.chat_template is None:
-        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
-    # Stock transformers reads the score at the last token that is not the pad token. If that is EOS, it reads the score
-    # before EOS; any other token will do, since no answer ends with it.
-    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0 if tokenizer.eos_token_id != 0 else 1)
-        accelerator.print(f"scores are read at EOS, so padding is {tokenizer.pad_token!r} in this model")
-
-    data, dropped = read_pairs(args, tokenizer, "pairs")
-    n = len(data) // 2
-    accelerator.print(f"{n} pairs; {dropped} longer than {args.max_length} tokens dropped")
-    if n < args.batch_size:
-        fail(f"{args.data}: {n} pairs do not fill one batch: lower --batch_size {args.batch_size}, or raise "
-             f"--max_length {args.max_length}")
-    pairs = []
-    if not Path(args.data).is_dir() or (Path(args.data) / "test_pairs.jsonl").is_file():
-        pairs, _ = read_pairs(args, tokenizer, "test_pairs")
-    else:
-        accelerator.print(f"{args.data}: no test_pairs.jsonl, so no pair accuracy is measured")
-
-    config = AutoConfig.from_pretrained(args.model, num_labels=1)
-    config.attention_dropout, config.pad_token_id = 0.0, tokenizer.pad_token_id
-    model = load(AutoModelForSequenceClassification, args.model, kind="policy", config=config, dtype=torch.float32)
-    if args.max_length > getattr(config, "max_position_embeddings", math.inf):
-        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
-    for parameter in value_head(model).parameters():
-        torch.nn.init.zeros_(parameter)                                # r = 0 everywhere: no opinion before the data
-    output = start_run(accelerator, args)
-    model.eval()                                                       # dropout off; gradients flow all the same
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    lengths = torch.tensor([sum(map(len, sequence)) for sequence in data]).view(n, 2).amax(1)
-    updates = update_order(n, args.batch_size, args.epochs, args.seed)
-    scheduler = get_scheduler("linear", optimizer, min(args.warmup_steps, len(updates)), len(updates))
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    checkpoint_layers(model, args.gradient_checkpointing)
-    model, optimizer = accelerator.prepare(model, optimizer)
-
-    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
-    # The rate is a function of the update. A scheduler's own state would be read as an unchecked pickle.
-    started, scheduler.last_epoch = started - seconds, first
-    progress = tqdm(total=len(updates), initial=first, desc="reward model", mininterval=1,
-                    disable=not accelerator.is_main_process)
-    for update, batch in enumerate(updates[first:], first + 1):
-        mine = batch[accelerator.process_index::accelerator.num_processes]
-        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
-        totals = torch.zeros(2, device=accelerator.device)                     # loss, pairs ranked rightly
-        for micro in mine.split(args.micro_batch_size):
-            sequences = [data[2 * row + side] for row in micro for side in (0, 1)]
-            ids, is_token, _ = collate(sequences, tokenizer.pad_token_id, accelerator.device)
-            with accelerator.accumulate(model):
-                score = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()
-                loss = bradley_terry_loss(score[0::2], score[1::2])
-                accelerator.backward(loss)     # its mean over micro-batches and processes: all hold as many pairs
-            totals += torch.stack([loss.detach() * len(micro), (score[0::2] > score[1::2]).sum()])
-        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
-        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, pairs {batch.tolist()}")
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step()
-
-        progress.update()
-        last = update == len(updates)
-        loss, right = (accelerator.reduce(totals) / args.batch_size).tolist()
-        record = {"update": update, "loss": loss, "accuracy": right, "grad_norm": grad_norm,
-                  "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
-        if pairs and (update % args.eval_every == 0 or last):
-            with gathered(accelerator, model) as plain:
-                score = sequence_scores(plain, pairs, args.micro_batch_size, tokenizer.pad_token_id)
-            record["pair_accuracy"] = pair_accuracy(score[0::2], score[1::2])
-            accelerator.print(f"\nheld-out pair accuracy: {record['pair_accuracy']:.3f}")
-        if accelerator.is_main_process and (update % args.log_every == 0 or "pair_accuracy" in record or last):
-            write_lines(output / "metrics.jsonl", [record])
-            accelerator.log(record, step=update)
-            progress.set_postfix(loss=f"{record['loss']:.3f}")
-        save_if_due(accelerator, output, update, len(updates), args.save_steps)
-    progress.close()
-    # A Bradley-Terry score has no scale of its own. PPO and ReMax weigh it against a KL penalty, so they need one.
-    some = update_order(n, min(n, 1024), 1, args.seed)[0]              # rows at random: a file may be sorted
-    with gathered(accelerator, model) as plain:
-        score = sequence_scores(plain, [data[2 * row + side] for row in some for side in (0, 1)],
-                                args.micro_batch_size, tokenizer.pad_token_id)
-    std = score.std(correction=0).item() or 1.0
-    accelerator.unwrap_model(model).config.reward_model = {"reward_mean": score.mean().item(), "reward_std": std}
-    save_run(accelerator, model, tokenizer, output,
-             f"# Scalar reward model\n\nBradley-Terry, started from `{args.model}`, trained on {n} pairs of "
-             f"`{args.data}` (pairs), {args.epochs} epochs, {len(updates)} updates.\n\n`model(input_ids=ids, "
-             f"attention_mask=mask).logits.squeeze(-1)` is (B,): the score of prompt and answer, read at EOS. On "
-             f"training answers its mean is {score.mean().item():.4g}, its standard deviation {std:.4g} "
-             f"(config.reward_model).", {name: record[name] for name in ("loss", "accuracy", "pair_accuracy")
-                                         if name in record})
-    accelerator.end_training()
 
 
 if __name__ == "__main__":
