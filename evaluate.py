@@ -262,9 +262,10 @@ def collate(sequences, pad_id, device):
     """
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
     ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
-    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
     for row, (prompt, response) in enumerate(sequences):
-        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+        ids[row, :len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+    start = torch.tensor([[len(prompt)] for prompt, _ in sequences])                               # (B, 1)
+    end = start + torch.tensor([[len(response)] for _, response in sequences])                     # (B, 1)
     position = torch.arange(longest)                                                               # (T,)
     return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
 
@@ -394,8 +395,9 @@ def lambda_return(q, reward, is_value, gamma, td_lambda):
 def value_positions(is_response):
     """The response tokens and the last prompt token: (B, T) bool -> (B, T) bool.
 
-    At the last prompt token the model has seen s_1 = x and no action yet. Trained with r = 0 and the same target as
-    everywhere, gamma * Q(tau, s_1, a_1), it learns V(s_1): the baseline that `--advantage gae` needs.  DEVIATION 3
+    At the last prompt token the model has seen s_1 = x and no action yet. With r = 0 and the target of every other
+    position it learns gamma * V(s_1), the baseline that `--advantage gae` needs (V(s_1) itself, with the paper's
+    gamma = 1).                                                                                     # DEVIATION 3
     """
     return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
 

@@ -209,9 +209,10 @@ def collate(sequences, pad_id, device):
     """
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
     ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
-    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
     for row, (prompt, response) in enumerate(sequences):
-        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+        ids[row, :len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+    start = torch.tensor([[len(prompt)] for prompt, _ in sequences])                               # (B, 1)
+    end = start + torch.tensor([[len(response)] for _, response in sequences])                     # (B, 1)
     position = torch.arange(longest)                                                               # (T,)
     return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
 

@@ -9,7 +9,7 @@ target tokens rather than the full input sequence."
 Shapes   B rows, T tokens of the longest row, V vocabulary. Rows are [prompt | response | padding].
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the answerer wrote, y^1..y^T, EOS included.
 
-Sections 1 to 5 are the method. Section 6 is the same in every script: it can be left for later.
+Sections 1 to 5 are the method. Section 6 is plumbing that the scripts share, word for word: leave it for later.
 """
 import json
 import math
@@ -78,9 +78,10 @@ def collate(sequences, pad_id, device):
     """
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
     ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
-    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
     for row, (prompt, response) in enumerate(sequences):
-        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+        ids[row, :len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+    start = torch.tensor([[len(prompt)] for prompt, _ in sequences])                               # (B, 1)
+    end = start + torch.tensor([[len(response)] for _, response in sequences])                     # (B, 1)
     position = torch.arange(longest)                                                               # (T,)
     return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
 
@@ -89,8 +90,7 @@ def update_order(n, batch_size, epochs, seed):
     """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
 
     A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
-    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
+    incomplete last batch of an epoch is left out.
     """
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
@@ -151,18 +151,6 @@ class TokenLogp(torch.nn.Module):
 
 
 # ---- 5. Training ----
-def accumulation_steps(args, processes):
-    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
-    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    if args.batch_size < 1 or args.batch_size % processes:
-        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
-    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
-    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
-        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
-             f"{args.micro_batch_size * processes}")
-    return args.batch_size // (args.micro_batch_size * processes)
-
-
 def main(args):
     started = time.time()
     check_numbers(args)
@@ -237,6 +225,18 @@ def main(args):
              f"epochs, {len(updates)} updates. The loss is in nats per response token.", {"loss": record["loss"]},
              "policy")
     accelerator.end_training()
+
+
+def accumulation_steps(args, processes):
+    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
+    and on eight; --micro_batch_size is how much of it a process takes at a time: lowered to what it has."""
+    if args.batch_size < 1 or args.batch_size % processes:
+        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
+    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.batch_size // (args.micro_batch_size * processes)
 
 
 # ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----

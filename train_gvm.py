@@ -5,13 +5,15 @@
 
 Section 3.2, Eq. (1): the GVM learns the return-to-go of every prefix of every response in fixed preference data. It is
 a language model with one number per token instead of a vocabulary: a stock AutoModelForTokenClassification.
+"Released code" is the authors', github.com/microsoft/DKI_LLM; docs/deviations.md lists where we depart from the paper.
 
-Shapes   B rows, T tokens of the longest row. Rows are [tau | prompt | response | padding].
+Shapes   (B, T): B rows, T the width, tokens of the longest row. Rows are [tau | prompt | response | padding].
+         In formulas t and T are the paper's: they count the response's tokens, and T is its last.
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the behaviour policy wrote, y^1..y^T, EOS included.
 Where    q[b, t] is read *at* the position of token a_t = y^t: there the model has seen s_t = [x, y^{<t}] and a_t.
          One position earlier it has seen s_t only: that is V(s_t), which the authors' released code uses instead.
 
-Sections 1 to 5 are the method. Section 6 is the same in every script: it can be left for later.
+Sections 1 to 5 are the method. Section 6 is plumbing that the scripts share, word for word: leave it for later.
 """
 import json
 import math
@@ -53,7 +55,7 @@ class Args:
     bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
     supervision: Literal["scores", "pairs"] = HfArg(default="scores", help="scalar rewards, or pairs as +1/-1 (App. G)")
     gamma: float = HfArg(default=1.0, help="discount factor (paper: 1)")
-    td_lambda: float = HfArg(default=0.95, help="0 is Eq. (1) to the letter, 1 Monte Carlo (released code: 0.95)")
+    td_lambda: float = HfArg(default=0.95, help="0: Eq. (1)'s one-step target, 1: Monte Carlo (released code: 0.95)")
     tau_pairs: int = HfArg(default=0, help="K question-answer pairs that tell the policy (released: 0)")  # DEVIATION 8
     max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped (paper: 1024)")
     lr: float = HfArg(default=1e-3, help="peak learning rate (paper: 2e-6)")
@@ -72,45 +74,18 @@ class Args:
 
 
 # ---- 2. Data ----
-def same_tokens(row, tokenizer):
-    """The fault of a pair whose answers differ as texts, but not as tokens; None if there is none."""
-    chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
-    return '"chosen" and "rejected" are the same tokens' if chosen == rejected else None
-
-
-def collate(sequences, pad_id, device):
-    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
-
-    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
-    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
-    """
-    longest = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
-    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
-    for row, (prompt, response) in enumerate(sequences):
-        ids[row, :end[row]] = torch.tensor([*prompt, *response])
-    position = torch.arange(longest)                                                               # (T,)
-    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
-
-
-def update_order(n, batch_size, epochs, seed):
-    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
-
-    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
-    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
-    return torch.cat(orders).view(-1, batch_size)
-
-
 class Trajectory(NamedTuple):
-    """One element of D = {(tau_i, s_i, a_i, G_i)}, section 3.1; tau is drawn anew each time, from the same policy."""
+    """One response: T elements (tau, s_t, a_t, G_t) of section 3.1's D. Its tau is drawn anew each time."""
     prompt: object              # str or chat messages
     sequence: tuple             # (prompt ids, response ids)
     reward: float               # r(x, y)
     policy: str | None          # who wrote the response
+
+
+def same_tokens(row, tokenizer):
+    """The fault of a pair whose answers differ as texts, but not as tokens; None if there is none."""
+    chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
+    return '"chosen" and "rejected" are the same tokens' if chosen == rejected else None
 
 
 def read_trajectories(args, tokenizer, split, supervision):
@@ -119,21 +94,32 @@ def read_trajectories(args, tokenizer, split, supervision):
     supervision  "scores": the rows' rewards as they are. "pairs": +1 for chosen, -1 for rejected (Appendix G), the two
                  of a pair next to each other; a pair is dropped whole.
     """
-    sides = {"response": None} if supervision == "scores" else {"chosen": 1.0, "rejected": -1.0}
-    named = "policy" if supervision == "scores" else "policy_{}"
-    fields = {"prompt": "prompt"} | dict.fromkeys(sides, "text")
-    fields |= {"reward": "number"} if supervision == "scores" else {}
-    fields |= {named.format(side): "text" for side in sides} if args.tau_pairs else {}
-    rows, kept = read_rows(args.data, split, fields, args.bad_rows, lambda row: (
-        same_tokens(row, tokenizer) if supervision == "pairs" else None)), []
+    if supervision == "pairs":
+        sides = [("chosen", "policy_chosen", 1.0), ("rejected", "policy_rejected", -1.0)]
+        fields, also = {}, lambda row: same_tokens(row, tokenizer)
+    else:
+        sides = [("response", "policy", None)]                                 # None: the row's own reward
+        fields, also = {"reward": "number"}, lambda row: None
+    fields |= {"prompt": "prompt"} | {side: "text" for side, _, _ in sides}
+    if args.tau_pairs:
+        fields |= {policy: "text" for _, policy, _ in sides}
+    rows = read_rows(args.data, split, fields, args.bad_rows, also)
+    kept = []
     for row in rows:
         prompt = encode_prompt(tokenizer, row["prompt"])
         group = [Trajectory(row["prompt"], (prompt, encode_response(tokenizer, row[side])),
-                            row["reward"] if sign is None else sign, row.get(named.format(side)))
-                 for side, sign in sides.items()]
+                            row["reward"] if sign is None else sign, row.get(policy)) for side, policy, sign in sides]
         if all(sum(map(len, trajectory.sequence)) <= args.max_length for trajectory in group):
             kept += group
     return kept, len(rows) - len(kept) // len(sides)
+
+
+def pool_by_policy(trajectories):
+    """{policy: [(prompt, (prompt ids, response ids)), ...]}: what tau is drawn from."""
+    pool = {}
+    for trajectory in trajectories:
+        pool.setdefault(trajectory.policy, []).append((trajectory.prompt, trajectory.sequence))
+    return pool
 
 
 def with_tau(prompt, sequence, pool, k, max_length, rng):
@@ -155,14 +141,6 @@ def with_tau(prompt, sequence, pool, k, max_length, rng):
     return [*tau, *sequence[0]], sequence[1]
 
 
-def pool_by_policy(trajectories):
-    """{policy: [(prompt, (prompt ids, response ids)), ...]}: what tau is drawn from."""
-    pool = {}
-    for trajectory in trajectories:
-        pool.setdefault(trajectory.policy, []).append((trajectory.prompt, trajectory.sequence))
-    return pool
-
-
 def with_taus(trajectories, pool, args, seeds):
     """The sequences of some trajectories, each behind its tau of the same policy, drawn by its own seed: the draws must
     not depend on which process or micro-batch a row falls to."""
@@ -170,7 +148,64 @@ def with_taus(trajectories, pool, args, seeds):
                      random.Random(str(seed))) for t, seed in zip(trajectories, seeds, strict=True)]
 
 
+def collate(sequences, pad_id, device):
+    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+
+    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
+    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
+    """
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    for row, (prompt, response) in enumerate(sequences):
+        ids[row, :len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+    start = torch.tensor([[len(prompt)] for prompt, _ in sequences])                               # (B, 1)
+    end = start + torch.tensor([[len(response)] for _, response in sequences])                     # (B, 1)
+    position = torch.arange(longest)                                                               # (T,)
+    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+
+
+def update_order(n, batch_size, epochs, seed):
+    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
+
+    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
+    incomplete last batch of an epoch is left out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
+    return torch.cat(orders).view(-1, batch_size)
+
+
 # ---- 3. Loss: Eq. (1) ----
+def last_token(is_response):
+    """True at each row's last response token: (B, T) bool -> (B, T) bool."""
+    return is_response & ~torch.nn.functional.pad(is_response[:, 1:], (0, 1))
+
+
+def value_positions(is_response):
+    """The response tokens and the last prompt token: (B, T) bool -> (B, T) bool.
+
+    At the last prompt token the model has seen s_1 = x and no action yet. With r = 0 and the target of every other
+    position it learns gamma * V(s_1), the baseline that `--advantage gae` needs (V(s_1) itself, with the paper's
+    gamma = 1).                                                                                     # DEVIATION 3
+    """
+    return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
+
+
+def td_loss(q, reward, is_value, gamma, td_lambda):
+    """Eq. (1): L_GVM(phi) = E[(r_t + gamma * Q_phi(tau, s_{t+1}, a_{t+1}) - Q_phi(tau, s_t, a_t))^2]
+
+    q          (B, T) float  Q_phi(tau, s_t, a_t), read at the position of token a_t
+    reward     (B, T) float  r_t: r(x, y) at the last response token, 0 elsewhere (section 3.1)
+    is_value   (B, T) bool   True where a value is learned: the response tokens, and the last prompt token (for V(s_1))
+    gamma      discount; td_lambda  0 is Eq. (1)'s one-step target                                 # DEVIATION 1
+    Returns the mean over the batch's value positions, a scalar.
+    """
+    assert q.shape == reward.shape == is_value.shape and is_value.dtype == torch.bool
+    target = lambda_return(q, reward, is_value, gamma, td_lambda)      # no gradient: a target, as in TD(0); DEVIATION 2
+    delta = torch.where(is_value, target - q, 0.0)                     # the bracket of Eq. (1)
+    return delta.square().sum() / is_value.sum()                       # E[.]: per value position of the batch
+
+
 @torch.no_grad()
 def lambda_return(q, reward, is_value, gamma, td_lambda):
     """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}), and 0 past the last token.
@@ -190,36 +225,7 @@ def lambda_return(q, reward, is_value, gamma, td_lambda):
     return target
 
 
-def td_loss(q, reward, is_value, gamma, td_lambda):
-    """Eq. (1): L_GVM(phi) = E[(r_t + gamma * Q_phi(tau, s_{t+1}, a_{t+1}) - Q_phi(tau, s_t, a_t))^2]
-
-    q          (B, T) float  Q_phi(tau, s_t, a_t), read at the position of token a_t
-    reward     (B, T) float  r_t: r(x, y) at the last response token, 0 elsewhere (section 3.1)
-    is_value   (B, T) bool   True where a value is learned: the response tokens, and the last prompt token (for V(s_1))
-    gamma      discount; td_lambda  0 is Eq. (1) to the letter                                     # DEVIATION 1
-    Returns the mean over the batch's value positions, a scalar.
-    """
-    assert q.shape == reward.shape == is_value.shape and is_value.dtype == torch.bool
-    target = lambda_return(q, reward, is_value, gamma, td_lambda)      # no gradient: a target, as in TD(0); DEVIATION 2
-    delta = torch.where(is_value, target - q, 0.0)                     # the bracket of Eq. (1)
-    return delta.square().sum() / is_value.sum()                       # E[.]: per value position of the batch
-
-
-def value_positions(is_response):
-    """The response tokens and the last prompt token: (B, T) bool -> (B, T) bool.
-
-    At the last prompt token the model has seen s_1 = x and no action yet. Trained with r = 0 and the same target as
-    everywhere, gamma * Q(tau, s_1, a_1), it learns V(s_1): the baseline that `--advantage gae` needs.  DEVIATION 3
-    """
-    return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
-
-
-def last_token(is_response):
-    """True at each row's last response token: (B, T) bool -> (B, T) bool."""
-    return is_response & ~torch.nn.functional.pad(is_response[:, 1:], (0, 1))
-
-
-# ---- 4. Measuring: pair accuracy by every aggregate of Table 8 ----
+# ---- 4. Measuring: pair accuracy ----
 def response_scores(q, is_response):
     """One number per response from its token values: Table 8's mean and percentiles, and the last token's value.
 
@@ -232,19 +238,14 @@ def response_scores(q, is_response):
 
 @torch.no_grad()
 def score_responses(model, sequences, batch_size, pad_id):
-    """{aggregate: (N,) float} of N (prompt ids, response ids). Works for token- and sequence-level models alike.
-
-    The head is applied at every token by hand: a sequence-level class would pick the last token by looking for
-    padding, and take the one before EOS where pad and EOS are the same token.
-    """
-    head = value_head(model)
+    """{aggregate: (N,) float} of N (prompt ids, response ids)."""
     order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
     parts = []
     for start in range(0, len(order), batch_size):
         ids, is_token, is_response = collate([sequences[row] for row in order[start:start + batch_size]], pad_id,
                                              model.device)
-        hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state
-        parts.append(response_scores(head(hidden).squeeze(-1), is_response))
+        q = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1)      # (rows, T)
+        parts.append(response_scores(q, is_response))
     back = torch.tensor(order).argsort()
     return {name: torch.cat([part[name].cpu() for part in parts])[back] for name in parts[0]}
 
@@ -254,13 +255,8 @@ def pair_accuracy(chosen, rejected):
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
-def value_head(model):
-    """The linear layer hidden -> 1, whatever the architecture calls it."""
-    return getattr(model, "score", None) or model.classifier
-
-
 def evaluate(model, pairs, args, tokenizer):
-    """Held-out pair accuracy by every aggregate of Table 8: {"mean": ..., "last": ..., "p1": ..., ...}.
+    """Held-out pair accuracy by each score of response_scores: {"mean": ..., "last": ..., "p1": ..., ...}.
 
     pairs  [chosen, rejected, chosen, rejected, ...] as Trajectories. The same tau every time.
     """
@@ -269,19 +265,12 @@ def evaluate(model, pairs, args, tokenizer):
     return {name: pair_accuracy(score[0::2], score[1::2]) for name, score in scores.items()}
 
 
+def value_head(model):
+    """The linear layer hidden -> 1, whatever the architecture calls it."""
+    return getattr(model, "score", None) or model.classifier
+
+
 # ---- 5. Training ----
-def accumulation_steps(args, processes):
-    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
-    and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    if args.batch_size < 1 or args.batch_size % processes:
-        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
-    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
-    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
-        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
-             f"{args.micro_batch_size * processes}")
-    return args.batch_size // (args.micro_batch_size * processes)
-
-
 def main(args):
     started = time.time()
     check_numbers(args)
@@ -315,7 +304,7 @@ def main(args):
         accelerator.print(f"{args.data}: no test_pairs.jsonl, so no pair accuracy is measured")
 
     config = AutoConfig.from_pretrained(args.model, num_labels=1)
-    config.classifier_dropout = config.attention_dropout = 0.0         # a value is a number, not a lottery
+    config.classifier_dropout = config.attention_dropout = 0.0         # a value should not depend on chance
     config.gvm = {"gamma": args.gamma, "td_lambda": args.td_lambda, "tau_pairs": args.tau_pairs,
                   "max_length": args.max_length, "supervision": args.supervision, "reward_mean": mean,
                   "reward_std": std}
@@ -324,8 +313,11 @@ def main(args):
         fail(f"--max_length {args.max_length} is more than the context of {args.model}")
     for parameter in value_head(model).parameters():
         torch.nn.init.zeros_(parameter)                                # Q = 0 everywhere: no opinion before the data
+    for rows in (data, pairs):                                         # too few pairs for tau? Better now than later
+        pool = pool_by_policy(rows)
+        for row in rows:
+            with_taus([row], pool, args, [args.seed])
     pool = pool_by_policy(data)
-    with_taus(pairs, pool_by_policy(pairs), args, range(len(pairs)))   # too few pairs for tau? Better now than later
     output = start_run(accelerator, args)
     model.eval()                                                       # dropout off; gradients flow all the same
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
@@ -391,6 +383,18 @@ def main(args):
              f"deviations of the training scores. `q * {std:.6g} + {mean:.6g}` (config.gvm) is in units of the scores.",
              {"loss": record["loss"]} | accuracy)
     accelerator.end_training()
+
+
+def accumulation_steps(args, processes):
+    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
+    and on eight; --micro_batch_size is how much of it a process takes at a time: lowered to what it has."""
+    if args.batch_size < 1 or args.batch_size % processes:
+        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
+    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
+        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.batch_size // (args.micro_batch_size * processes)
 
 
 # ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----

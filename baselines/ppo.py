@@ -10,7 +10,7 @@ Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | 
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
 Where    logp[b, t], value[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t), V(s_t).
 
-Sections 1 to 5 are the method. Section 6 is the same in every script: it can be left for later.
+Sections 1 to 5 are the method. Section 6 is plumbing that the scripts share, word for word: leave it for later.
 """
 import copy
 import json
@@ -73,7 +73,7 @@ class Args:
     lr: float = HfArg(default=2e-4, help="learning rate, constant (paper: 2e-6)")
     steps: int = HfArg(default=50, help="batches of rollouts")
     batch_size: int = HfArg(default=64, help="rollouts per step, over all processes (paper: 8)")
-    mini_batch_size: int = HfArg(default=32, help="rollouts per update, over all processes (paper: 2 x 2)")
+    mini_batch_size: int = HfArg(default=32, help="rollouts per update, over all processes (paper: 4, 2 at a time)")
     micro_batch_size: int = HfArg(default=32, help="most rollouts per forward pass and process")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run again in the backward pass")
     frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(default="auto", help="of frozen models' "
@@ -95,9 +95,10 @@ def collate(sequences, pad_id, device):
     """
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
     ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
-    start, end = torch.tensor([[len(p), len(p) + len(r)] for p, r in sequences]).T[..., None]      # (B, 1) each
     for row, (prompt, response) in enumerate(sequences):
-        ids[row, :end[row]] = torch.tensor([*prompt, *response])
+        ids[row, :len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+    start = torch.tensor([[len(prompt)] for prompt, _ in sequences])                               # (B, 1)
+    end = start + torch.tensor([[len(response)] for _, response in sequences])                     # (B, 1)
     position = torch.arange(longest)                                                               # (T,)
     return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
 
@@ -106,8 +107,7 @@ def update_order(n, batch_size, epochs, seed):
     """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
 
     A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out. Batches of equal length would save padding, but tokens of short rows
-    would then weigh more than those of long ones (each update is a mean over its own tokens): answers get shorter.
+    incomplete last batch of an epoch is left out.
     """
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
@@ -116,8 +116,13 @@ def update_order(n, batch_size, epochs, seed):
 
 # ---- 3. Loss: Eq. (2), and the critic's ----
 def kl_reward(logp_old, logp_ref, is_response, kl_coef):
-    """r^KL_t = -beta * (log pi_old(a_t|s_t) - log pi_ref(a_t|s_t)), the k1 estimate of the KL penalty. All (B, T)."""
+    """r^KL_t = -beta * (log pi_old(a_t|s_t) - log pi_ref(a_t|s_t)), the KL penalty by k1 (Schulman, 2020). (B, T)."""
     return torch.where(is_response, -kl_coef * (logp_old - logp_ref), 0.0)
+
+
+def last_token(is_response):
+    """True at each row's last response token: (B, T) bool -> (B, T) bool."""
+    return is_response & ~torch.nn.functional.pad(is_response[:, 1:], (0, 1))
 
 
 def shift_right(x):
@@ -193,11 +198,6 @@ def value_loss(value, value_old, returns, is_response, value_clip):
     return 0.5 * error.sum() / is_response.sum().clamp(min=1)
 
 
-def last_token(is_response):
-    """True at each row's last response token: (B, T) bool -> (B, T) bool."""
-    return is_response & ~torch.nn.functional.pad(is_response[:, 1:], (0, 1))
-
-
 # ---- 4. Rollouts and scores ----
 @torch.no_grad()
 def rollout(policy, tokenizer, prompts, max_response_length, how, greedy=False):
@@ -223,12 +223,12 @@ def rollout(policy, tokenizer, prompts, max_response_length, how, greedy=False):
             errors = [answer.error for answer in done.values() if answer.error is not None]
             if errors or len(done) < len(prompts):
                 fail(f"generation failed: {errors[0] if errors else 'some prompts have no answer'}")
-            return [answer.generated_tokens for answer in done.values()]
+            return [answer.generated_tokens for answer in done.values()]       # in the order of the prompts
         width = max(map(len, prompts))
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts])
         is_token = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
         written = policy.generate(input_ids=ids.to(policy.device), attention_mask=is_token.to(policy.device),
-                                  synced_gpus=False)[:, width:].tolist()       # not synced: see gathered()
+                                  synced_gpus=False)[:, width:].tolist()       # each process has all weights
     finally:
         policy.generation_config = own
     # Up to the first EOS: what stands behind it is padding, also where pad and EOS are the same token.
@@ -394,11 +394,12 @@ def improve(accelerator, model, optimizer, batch, args, stop_if_bad):
     stop_if_bad  is called with the gradient norm before every update
     Returns {metric: float}, over all processes (docs/metrics.md).
     """
-    length, response = batch[1].sum(-1).cpu(), batch[2]
-    tokens = accelerator.reduce(response.sum()).clamp(min=1)                   # response tokens of the global batch
+    _, is_token, learned, *_ = batch
+    length = is_token.sum(-1).cpu()
+    tokens = accelerator.reduce(learned.sum()).clamp(min=1)                    # response tokens of the global batch
     updates = args.batch_size // args.mini_batch_size                          # updates per epoch
-    stopped, history, norms, seen = False, [], [], torch.zeros(6, device=response.device)
-    order, micro_batches = torch.cat([torch.randperm(len(response)) for _ in range(args.ppo_epochs)]), []
+    history, norms, seen = [], [], torch.zeros(6, device=learned.device)
+    order, micro_batches = torch.cat([torch.randperm(len(learned)) for _ in range(args.ppo_epochs)]), []
     for mini in order.split(args.mini_batch_size // accelerator.num_processes):
         # A mini-batch is random; within it rows of like length form a micro-batch: little padding.
         micro_batches += mini[length[mini].argsort()].split(args.micro_batch_size)
@@ -414,7 +415,7 @@ def improve(accelerator, model, optimizer, batch, args, stop_if_bad):
 
             log_ratio = torch.where(is_response, logp.detach() - logp_old, 0.0)
             ratio = log_ratio.exp()
-            # k3 = r - 1 - log r, never negative, estimates KL(pi_old, pi_theta).
+            # k3 = r - 1 - log r (Schulman, 2020), never negative, estimates KL(pi_old, pi_theta).
             seen += torch.stack([loss.detach(), critic_loss.detach(), (ratio - 1 - log_ratio).sum(),
                                  (ratio - 1).abs().sum(), ((ratio - 1).abs() > args.clip_range).sum(),
                                  is_response.sum()])
@@ -423,8 +424,8 @@ def improve(accelerator, model, optimizer, batch, args, stop_if_bad):
                 total, total_critic, *sums, count = accelerator.reduce(seen).tolist()
                 history.append((total, *(x / max(count, 1) for x in sums), total_critic))
                 seen.zero_()
-                stopped = bool(norms) and history[-1][1] > args.target_kl      # KL_target, Appendix C: no more updates
-            if stopped:
+            # Appendix C names KL_target = 0.1, not its use. Ours: beyond it, no more updates with this batch.
+            if accelerator.sync_gradients and norms and history[-1][1] > args.target_kl:
                 drop_update(accelerator, optimizer, loss)
                 break
             # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
@@ -437,31 +438,21 @@ def improve(accelerator, model, optimizer, batch, args, stop_if_bad):
             stop_if_bad(sum(norms[-1]))                                        # not finite if either is not
         optimizer.step()                                                       # of a whole mini-batch: else a no-op
         optimizer.zero_grad()
-    means = dict(zip(("loss", "approx_kl", "ratio_error", "clip_fraction", "critic_loss"),
-                     torch.tensor(history).mean(0).tolist()))
-    means |= dict(zip(("grad_norm", "critic_grad_norm"), torch.tensor(norms).mean(0).tolist()))
+    loss, _, _, clip_fraction, critic_loss = torch.tensor(history).mean(0).tolist()
+    grad_norm, critic_grad_norm = torch.tensor(norms).mean(0).tolist()
     # KL: the last, which --target_kl was compared with. Ratio: the first, before any update, where it has to be 1.
-    return means | {"approx_kl": history[-1][1], "ratio_error": history[0][2], "updates": len(norms)}
-
-
-def accumulation_steps(args, processes):
-    """Micro-batches per update. --mini_batch_size is the total over all processes, so that a run means the same on one
-    GPU and on eight; --micro_batch_size is how much of it a process takes at a time, at most."""
-    if args.mini_batch_size < 1 or args.mini_batch_size % processes or args.batch_size % args.mini_batch_size:
-        fail(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size {args.mini_batch_size}, and that "
-             f"of the {processes} processes")
-    args.micro_batch_size = min(args.micro_batch_size, args.mini_batch_size // processes)
-    if args.micro_batch_size < 1 or args.mini_batch_size % (args.micro_batch_size * processes):
-        fail(f"--mini_batch_size {args.mini_batch_size} is not a multiple of --micro_batch_size x processes = "
-             f"{args.micro_batch_size * processes}")
-    return args.mini_batch_size // (args.micro_batch_size * processes)
+    return {"loss": loss, "approx_kl": history[-1][1], "ratio_error": history[0][2], "clip_fraction": clip_fraction,
+            "critic_loss": critic_loss, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
+            "updates": len(norms)}
 
 
 def main(args):
     started = time.time()
     check_numbers(args)
+    if args.gamma > 1 or args.gae_lambda > 1:
+        fail(f"--gamma {args.gamma} and --gae_lambda {args.gae_lambda} have to be at most 1")
     accelerator = start_accelerator(args, accumulation_steps)
-    set_seed(args.seed, device_specific=True)
+    set_seed(args.seed, device_specific=True)                 # else every process would sample the same answers
     tokenizer = load(AutoTokenizer, args.model)
     rm_tokenizer = load(AutoTokenizer, args.reward_model)
     if (tokenizer.get_vocab(), tokenizer.chat_template) != (rm_tokenizer.get_vocab(), rm_tokenizer.chat_template):
@@ -478,10 +469,11 @@ def main(args):
         fail(f"{args.data}: {len(data)} usable prompts do not fill one batch: lower --batch_size {args.batch_size}, or "
              f"raise --max_prompt_length {args.max_prompt_length}")
 
-    # eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
+    # Models. eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
     policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    dtype = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision] if args.frozen_dtype == "auto" else \
-        args.frozen_dtype
+    dtype = args.frozen_dtype
+    if dtype == "auto":
+        dtype = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision]
     reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=dtype).eval()
     reward_model = load_reward_model(args.reward_model, dtype)
     critic = new_critic(args, reward_model).eval()
@@ -507,20 +499,24 @@ def main(args):
     progress = tqdm(total=args.steps, initial=first, desc="ppo", mininterval=1,
                     disable=not accelerator.is_main_process)
     for step, batch in enumerate(batches[first:], first + 1):
+        # 1. Rollouts. Sampling, scoring and updating are under the same autocast: else the first ratio would not be 1.
         clock = [time.time()]
         mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
         questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
-        with gathered(accelerator, model, "policy") as plain, accelerator.autocast():      # in scoring's precision
+        with gathered(accelerator, model, "policy") as plain, accelerator.autocast():
             responses = rollout(plain, tokenizer, prompt_ids, args.max_response_length, args.rollout)
         clock.append(time.time())
 
+        # 2. Scores
         sequences = list(zip(prompt_ids, responses))
-        with accelerator.autocast():                                   # all four models in the update's precision
+        with accelerator.autocast():
             ids, is_token, is_response, logp_old, logp_ref, value_old, score = score_rollouts(
                 model, reference, reward_model, sequences, args, tokenizer.pad_token_id)
         if not score.isfinite().all():
             row = score.isfinite().logical_not().nonzero()[0].item()
             fail(f"step {step}: {args.reward_model} gives {score[row].item()} to the answer to {questions[row]!r:.80}")
+
+        # 3. Advantages
         ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in responses], device=ids.device)[:, None]
         reward = kl_reward(logp_old, logp_ref, is_response, args.kl_coef)                          # r^KL_t
         reward = reward + last_token(is_response) * score[:, None]                                 # r_T = r(x, y)
@@ -532,6 +528,7 @@ def main(args):
         advantage = whiten(advantage, learned, accelerator.reduce)
         clock.append(time.time())
 
+        # 4. The PPO epochs
         checkpoint_layers(model, args.gradient_checkpointing)
         metrics = improve(accelerator, model, optimizer,
                           (ids, is_token, learned, logp_old, advantage, value_old, returns), args,
@@ -542,28 +539,17 @@ def main(args):
         if metrics["ratio_error"] > (1e-4 if accelerator.mixed_precision == "no" else 0.1):
             fail(f"step {step}: the ratio differs from 1 by {metrics['ratio_error']:.2g} on average before the first "
                  f"update: log pi_old and log pi_theta are not computed alike (dropout? another precision?)")
-        record = {"step": step} | metrics
+
+        # 5. The log
         per_response = {
             "reward": score * reward_std + reward_mean,                        # in units of the reward model
             "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
             "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
             "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
-        record |= {name: (accelerator.reduce(x.sum()) / args.batch_size).item() for name, x in per_response.items()}
-        record |= {f"seconds_{part}": clock[i + 1] - clock[i] for i, part in enumerate(("generate", "score", "update"))}
-        record["seconds"] = time.time() - started
-        samples = gather_object([
-            {"step": step, "prompt": question, "response": tokenizer.decode(response, skip_special_tokens=True),
-             "reward": round(score, 4), "kl": round(kl, 4)} for question, response, score, kl
-            in zip(questions, responses, per_response["reward"].tolist(), per_response["kl"].tolist())])
-        progress.update()
-        progress.set_postfix({name: f"{record[name]:.3f}" for name in ("reward", "kl", "response_length")})
-        if accelerator.is_main_process:
-            write_lines(output / "metrics.jsonl", [record])
-            accelerator.log(record, step=step)
-            write_lines(output / "rollouts.jsonl", samples)
-        if accelerator.is_main_process and step % args.sample_every == 0:
-            progress.write("\n".join(f"{step:5} {it['reward']:+.2f}  {it['prompt']}\n{'':12}{it['response']}"
-                                     for it in samples[:3]))
+        texts = [{"prompt": question, "response": tokenizer.decode(response, skip_special_tokens=True)}
+                 for question, response in zip(questions, responses)]
+        record = log_step(accelerator, args, output, progress, {"step": step} | metrics, per_response, texts, clock,
+                          started)
         save_if_due(accelerator, output, step, args.steps, args.save_steps)
     progress.close()
     save_run(accelerator, model, tokenizer, output / "critic",
@@ -576,6 +562,19 @@ def main(args):
              f"`{args.data}` (rl): {args.steps} steps of {args.batch_size} rollouts.",
              {name: record[name] for name in ("reward", "kl", "response_length", "eos_rate")}, "policy")
     accelerator.end_training()
+
+
+def accumulation_steps(args, processes):
+    """Micro-batches per update. --mini_batch_size is the total over all processes, so that a run means the same on one
+    GPU and on eight; --micro_batch_size is how much of it a process takes at a time: lowered to what it has."""
+    if args.mini_batch_size < 1 or args.mini_batch_size % processes or args.batch_size % args.mini_batch_size:
+        fail(f"--batch_size {args.batch_size} must be a multiple of --mini_batch_size {args.mini_batch_size}, and that "
+             f"of the {processes} processes")
+    args.micro_batch_size = min(args.micro_batch_size, args.mini_batch_size // processes)
+    if args.micro_batch_size < 1 or args.mini_batch_size % (args.micro_batch_size * processes):
+        fail(f"--mini_batch_size {args.mini_batch_size} is not a multiple of --micro_batch_size x processes = "
+             f"{args.micro_batch_size * processes}")
+    return args.mini_batch_size // (args.micro_batch_size * processes)
 
 
 # ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----
@@ -1001,6 +1000,32 @@ def write_lines(path, records):
     """Appends JSON lines: metrics.jsonl, rollouts.jsonl."""
     with writing(path), open(path, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def log_step(accelerator, args, output, progress, record, per_response, texts, clock, started):
+    """Completes a step's record, and writes metrics.jsonl and rollouts.jsonl. Returns the record.
+
+    per_response  {name: (B,) float} of this process's rollouts, the name that is printed first; means go to the record
+    texts         [{"prompt", "response"}, ...] of the same rollouts
+    clock         when generation, scoring and the update began, and when the update ended; started: when the run did
+    """
+    record |= {name: (accelerator.reduce(x.sum()) / args.batch_size).item() for name, x in per_response.items()}
+    record |= {f"seconds_{part}": clock[i + 1] - clock[i] for i, part in enumerate(("generate", "score", "update"))}
+    record["seconds"] = time.time() - started
+    first = next(iter(per_response))
+    numbers = zip(per_response[first].tolist(), per_response["kl"].tolist())
+    samples = gather_object([{"step": record["step"]} | text | {first: round(x, 4), "kl": round(kl, 4)}
+                             for text, (x, kl) in zip(texts, numbers, strict=True)])
+    progress.update()
+    progress.set_postfix({name: f"{record[name]:.3f}" for name in (first, "kl", "response_length")})
+    if accelerator.is_main_process:
+        write_lines(output / "metrics.jsonl", [record])
+        accelerator.log(record, step=record["step"])
+        write_lines(output / "rollouts.jsonl", samples)
+        if record["step"] % args.sample_every == 0:
+            progress.write("\n".join(f"{it['step']:5} {it[first]:+.2f}  {it['prompt']}\n{'':12}{it['response']}"
+                                     for it in samples[:3]))
+    return record
 
 
 def model_card(accelerator, model, output, about, numbers):

@@ -102,6 +102,8 @@ def test_a_line_separator_inside_a_text_is_no_end_of_line(tmp_path):
     ("sft", {"max_length": 3}, "0 usable rows do not fill one batch.*--max_length 3"),
     ("gvm", {"model": "nowhere/at/all"}, "no model in this folder"),
     ("gvm", {"batch_size": 0}, "--batch_size 0: it has to be at least 1 and less than inf"),
+    ("gvm", {"td_lambda": 1.5}, "--gamma 1.0 and --td_lambda 1.5 have to be at most 1"),
+    ("dvpo", {"gae_lambda": 1.5}, "--gae_lambda 1.5 has to be at most 1"),
     ("sft", {"lr": float("nan")}, "--lr nan"), ("sft", {"epochs": 0}, "--epochs 0"), ("dvpo", {"steps": 0}, "--steps 0"),
     ("dvpo", {"max_response_length": 0}, "--max_response_length 0"), ("sft", {"max_length": 600}, "more than the context"),
     ("gvm", {"max_length": 5}, "trajectories do not fill one batch"),

@@ -103,7 +103,7 @@ def slow_gae(q, reward_kl, start, end, gamma, gae_lambda):
 
 def slow_released(q, reward_kl, start, end, gamma, gae_lambda):
     """The same with delta_t = r^KL_t + gamma * V(s_{t+1}) - V(s_t), and V = 0 past the end."""
-    v = {t: q[t - 1] for t in range(start, end)} | {end: 0.0}
+    v = {t: q[t - 1] / gamma for t in range(start, end)} | {end: 0.0}         # Q(s_{t-1}, a_{t-1}) = gamma * V(s_t)
     delta = {t: reward_kl[t] + gamma * v[t + 1] - v[t] for t in range(start, end)}
     return [sum((gamma * gae_lambda) ** (u - t) * delta[u] for u in range(t, end)) for t in range(start, end)]
 
