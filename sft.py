@@ -22,6 +22,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from accelerate.utils import load as load_safely
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
@@ -111,14 +112,15 @@ def sft_loss(logp, is_response):
 LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
 
 
-def token_logp(model, ids, is_token, is_response):
+def token_logp(model, ids, is_response):
     """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
 
     The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
     positions that predict a response token meet the output layer. If they are many, float32 exists for a chunk of them
     at a time: in the backward pass it is computed again.
     """
-    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    # No attention mask: rows are padded on the right, and no token sees what is behind it. GPUs are faster without.
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                    # (B, T, H)
     # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
     logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
     token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
@@ -146,8 +148,8 @@ class TokenLogp(torch.nn.Module):
                 fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
                      f"as in Gemma 2), which token_logp takes them for")
 
-    def forward(self, ids, is_token, is_response):
-        return token_logp(self.policy, ids, is_token, is_response)
+    def forward(self, ids, is_response):
+        return token_logp(self.policy, ids, is_response)
 
 
 # ---- 5. Training ----
@@ -193,10 +195,9 @@ def main(args):
         mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
         loss_of_update = torch.zeros((), device=accelerator.device)
         for micro in mine.split(args.micro_batch_size):
-            ids, is_token, is_response = collate([data[row] for row in micro], tokenizer.pad_token_id,
-                                                 accelerator.device)
+            ids, _, is_response = collate([data[row] for row in micro], tokenizer.pad_token_id, accelerator.device)
             with accelerator.accumulate(model):
-                logp = model(ids, is_token, is_response)                                           # (B, T)
+                logp = model(ids, is_response)                                                     # (B, T)
                 # A micro-batch counts by its share of the update's tokens, so that the update is the mean over all
                 # of them however they are divided into micro-batches and processes. backward() divides by the number
                 # of micro-batches, and the processes' gradients are averaged: both are undone here.
@@ -369,7 +370,12 @@ def encode_response(tokenizer, response):
 
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
-    accelerator = Accelerator(**tracker(args))
+    # cuDNN's attention, which torch prefers on an H100, gives NaN gradients in some cases (pytorch issue 196678), and
+    # prepares a plan for every new length of a row. Writing a large checkpoint may take longer than NCCL's 10 minutes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    kwargs = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),     # else DDP holds the gradients twice
+              InitProcessGroupKwargs(timeout=timedelta(hours=2))]
+    accelerator = Accelerator(kwargs_handlers=kwargs, **tracker(args))
     unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
     if accelerator.mixed_precision == "fp16":
         fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")

@@ -28,6 +28,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +36,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object,
+                              set_seed)
 from accelerate.utils import load as load_safely
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
@@ -265,14 +267,15 @@ def rollout(policy, tokenizer, prompts, max_response_length, how, greedy=False):
 LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
 
 
-def token_logp(model, ids, is_token, is_response):
+def token_logp(model, ids, is_response):
     """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
 
     The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
     positions that predict a response token meet the output layer. If they are many, float32 exists for a chunk of them
     at a time: in the backward pass it is computed again.
     """
-    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    # No attention mask: rows are padded on the right, and no token sees what is behind it. GPUs are faster without.
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                    # (B, T, H)
     # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
     logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
     token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
@@ -300,8 +303,8 @@ class TokenLogp(torch.nn.Module):
                 fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
                      f"as in Gemma 2), which token_logp takes them for")
 
-    def forward(self, ids, is_token, is_response):
-        return token_logp(self.policy, ids, is_token, is_response)
+    def forward(self, ids, is_response):
+        return token_logp(self.policy, ids, is_response)
 
 
 def token_values(gvm, sequences, behind_tau, width, pad_id):
@@ -310,8 +313,8 @@ def token_values(gvm, sequences, behind_tau, width, pad_id):
     sequences   [(prompt ids, response ids)]
     behind_tau  the same with tau in front of the prompt: what the GVM reads. tau's own positions are cut off.
     """
-    ids, is_token, _ = collate(behind_tau, pad_id, gvm.device)
-    q = gvm(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()    # (B, longest)
+    ids, _, _ = collate(behind_tau, pad_id, gvm.device)
+    q = gvm(input_ids=ids, use_cache=False).logits.squeeze(-1).float()                             # (B, longest)
     start = torch.tensor([[len(behind[0]) - len(plain[0])] for behind, plain in zip(behind_tau, sequences)])
     position = start + torch.arange(width)                                                         # (B, width)
     return q.gather(1, position.clamp(max=q.shape[1] - 1).to(q.device))
@@ -324,12 +327,12 @@ def score_rollouts(policy, reference, gvm, sequences, behind_tau, args, pad_id):
     sequences   [(prompt ids, response ids)]       behind_tau  the same with tau in front, for the GVM
     Returns ids, is_token, is_response, logp_old, logp_ref, q, each (B, T); q at the last prompt token is V(s_1).
     """
-    ids, is_token, is_response = batch = collate(sequences, pad_id, next(policy.parameters()).device)
+    ids, is_token, is_response = collate(sequences, pad_id, next(policy.parameters()).device)
     logp_old, logp_ref, q = torch.zeros(3, *ids.shape, device=ids.device)
     length = is_token.sum(-1).cpu()
     for rows in length.argsort().split(args.micro_batch_size):                 # rows of like length: little padding
         width = length[rows].max()
-        micro = [x[rows, :width] for x in batch]
+        micro = ids[rows, :width], is_response[rows, :width]
         # log pi_old comes from the code path of the update, not from generation: then the first ratio is 1.
         logp_old[rows, :width], logp_ref[rows, :width] = policy(*micro), reference(*micro)
         q[rows, :width] = token_values(gvm, [sequences[row] for row in rows], [behind_tau[row] for row in rows], width,
@@ -356,9 +359,9 @@ def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
         # A mini-batch is random; within it rows of like length form a micro-batch: little padding.
         micro_batches += mini[length[mini].argsort()].split(args.micro_batch_size)
     for micro in micro_batches:
-        ids, is_token, is_response, logp_old, advantage = (x[micro, :length[micro].max()] for x in batch)
+        ids, _, is_response, logp_old, advantage = (x[micro, :length[micro].max()] for x in batch)
         with accelerator.accumulate(policy):
-            logp = policy(ids, is_token, is_response)                                              # (micro, width)
+            logp = policy(ids, is_response)                                                        # (micro, width)
             # Eq. (2)'s E[.] is over the batch: a token weighs the same in every mini-batch.            # DEVIATION 9
             # Mean of these tokens -> their share of the batch's mean -> times the updates that share the batch.
             loss = ppo_loss(logp, logp_old, advantage, is_response, args.clip_range)
@@ -641,7 +644,12 @@ def encode_prompt(tokenizer, prompt):
 
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
-    accelerator = Accelerator(**tracker(args))
+    # cuDNN's attention, which torch prefers on an H100, gives NaN gradients in some cases (pytorch issue 196678), and
+    # prepares a plan for every new length of a row. Writing a large checkpoint may take longer than NCCL's 10 minutes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    kwargs = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),     # else DDP holds the gradients twice
+              InitProcessGroupKwargs(timeout=timedelta(hours=2))]
+    accelerator = Accelerator(kwargs_handlers=kwargs, **tracker(args))
     unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
     if accelerator.mixed_precision == "fp16":
         fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")

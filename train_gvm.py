@@ -27,6 +27,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,7 +35,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from accelerate.utils import load as load_safely
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -242,9 +243,8 @@ def score_responses(model, sequences, batch_size, pad_id):
     order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
     parts = []
     for start in range(0, len(order), batch_size):
-        ids, is_token, is_response = collate([sequences[row] for row in order[start:start + batch_size]], pad_id,
-                                             model.device)
-        q = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1)      # (rows, T)
+        ids, _, is_response = collate([sequences[row] for row in order[start:start + batch_size]], pad_id, model.device)
+        q = model(input_ids=ids, use_cache=False).logits.squeeze(-1)                               # (rows, T)
         parts.append(response_scores(q, is_response))
     back = torch.tensor(order).argsort()
     return {name: torch.cat([part[name].cpu() for part in parts])[back] for name in parts[0]}
@@ -342,11 +342,12 @@ def main(args):
         for micro in mine.split(args.micro_batch_size):
             seeds = [f"{args.seed} {update} {row}" for row in micro]
             sequences = with_taus([data[row] for row in micro], pool, args, seeds)
-            ids, is_token, is_response = collate(sequences, tokenizer.pad_token_id, accelerator.device)
+            ids, _, is_response = collate(sequences, tokenizer.pad_token_id, accelerator.device)
             reward = last_token(is_response) * rewards[micro, None].to(accelerator.device)             # (B, T): r_t
             is_value = value_positions(is_response)
             with accelerator.accumulate(model):
-                q = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()
+                # No attention mask: rows are padded on the right, and no token sees what is behind it.
+                q = model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()
                 # A micro-batch counts by its share of the update's positions, so that the update is the mean over all
                 # of them however they are divided into micro-batches and processes. backward() divides by the number
                 # of micro-batches, and the processes' gradients are averaged: both are undone here.
@@ -527,7 +528,12 @@ def encode_response(tokenizer, response):
 
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
-    accelerator = Accelerator(**tracker(args))
+    # cuDNN's attention, which torch prefers on an H100, gives NaN gradients in some cases (pytorch issue 196678), and
+    # prepares a plan for every new length of a row. Writing a large checkpoint may take longer than NCCL's 10 minutes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    kwargs = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),     # else DDP holds the gradients twice
+              InitProcessGroupKwargs(timeout=timedelta(hours=2))]
+    accelerator = Accelerator(kwargs_handlers=kwargs, **tracker(args))
     unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
     if accelerator.mixed_precision == "fp16":
         fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")

@@ -24,6 +24,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +32,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from accelerate.utils import load as load_safely
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
@@ -136,14 +137,15 @@ def dpo_loss(chosen, rejected, label_smoothing):
 LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
 
 
-def token_logp(model, ids, is_token, is_response):
+def token_logp(model, ids, is_response):
     """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
 
     The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
     positions that predict a response token meet the output layer. If they are many, float32 exists for a chunk of them
     at a time: in the backward pass it is computed again.
     """
-    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    # No attention mask: rows are padded on the right, and no token sees what is behind it. GPUs are faster without.
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                    # (B, T, H)
     # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
     logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
     token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
@@ -171,8 +173,8 @@ class TokenLogp(torch.nn.Module):
                 fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
                      f"as in Gemma 2), which token_logp takes them for")
 
-    def forward(self, ids, is_token, is_response):
-        return token_logp(self.policy, ids, is_token, is_response)
+    def forward(self, ids, is_response):
+        return token_logp(self.policy, ids, is_response)
 
 
 @torch.no_grad()
@@ -181,8 +183,8 @@ def reference_logp(accelerator, reference, sequences, batch_size, pad_id):
     order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
     logp = torch.zeros(len(sequences), device=accelerator.device)
     for rows in torch.tensor(order[accelerator.process_index::accelerator.num_processes]).split(batch_size):
-        ids, is_token, is_response = collate([sequences[row] for row in rows], pad_id, accelerator.device)
-        logp[rows] = token_logp(reference, ids, is_token, is_response).sum(-1)
+        ids, _, is_response = collate([sequences[row] for row in rows], pad_id, accelerator.device)
+        logp[rows] = token_logp(reference, ids, is_response).sum(-1)
     return accelerator.reduce(logp)
 
 
@@ -234,10 +236,9 @@ def main(args):
         totals = torch.zeros(4, device=accelerator.device)       # loss, pairs ranked rightly, both implicit rewards
         for micro in mine.split(args.micro_batch_size):
             rows = torch.stack([2 * micro, 2 * micro + 1], dim=-1).flatten()                       # (2B,)
-            ids, is_token, is_response = collate([data[row] for row in rows], tokenizer.pad_token_id,
-                                                 accelerator.device)
+            ids, _, is_response = collate([data[row] for row in rows], tokenizer.pad_token_id, accelerator.device)
             with accelerator.accumulate(model):
-                logp = model(ids, is_token, is_response).sum(-1)               # log pi(y | x): (2B,)
+                logp = model(ids, is_response).sum(-1)                         # log pi(y | x): (2B,)
                 reward = args.beta * (logp - logp_ref[rows.to(ids.device)])
                 chosen, rejected = reward[0::2], reward[1::2]                                      # (B,) each
                 loss = dpo_loss(chosen, rejected, args.label_smoothing)
@@ -411,7 +412,12 @@ def encode_response(tokenizer, response):
 
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
-    accelerator = Accelerator(**tracker(args))
+    # cuDNN's attention, which torch prefers on an H100, gives NaN gradients in some cases (pytorch issue 196678), and
+    # prepares a plan for every new length of a row. Writing a large checkpoint may take longer than NCCL's 10 minutes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    kwargs = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),     # else DDP holds the gradients twice
+              InitProcessGroupKwargs(timeout=timedelta(hours=2))]
+    accelerator = Accelerator(kwargs_handlers=kwargs, **tracker(args))
     unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
     if accelerator.mixed_precision == "fp16":
         fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")

@@ -25,6 +25,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -32,7 +33,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object,
+                              set_seed)
 from accelerate.utils import load as load_safely
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
@@ -173,14 +175,15 @@ def rollout(policy, tokenizer, prompts, max_response_length, how, greedy=False):
 LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
 
 
-def token_logp(model, ids, is_token, is_response):
+def token_logp(model, ids, is_response):
     """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
 
     The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
     positions that predict a response token meet the output layer. If they are many, float32 exists for a chunk of them
     at a time: in the backward pass it is computed again.
     """
-    hidden = model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state   # (B, T, H)
+    # No attention mask: rows are padded on the right, and no token sees what is behind it. GPUs are faster without.
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                    # (B, T, H)
     # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
     logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
     token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
@@ -208,8 +211,8 @@ class TokenLogp(torch.nn.Module):
                 fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
                      f"as in Gemma 2), which token_logp takes them for")
 
-    def forward(self, ids, is_token, is_response):
-        return token_logp(self.policy, ids, is_token, is_response)
+    def forward(self, ids, is_response):
+        return token_logp(self.policy, ids, is_response)
 
 
 def value_head(model):
@@ -229,13 +232,13 @@ def load_reward_model(name, dtype):
         f"{name}: reward_mean {mean} and reward_std {std} in config.json are no scale")
 
 
-def response_reward(reward_model, ids, is_token, is_response):
+def response_reward(reward_model, ids, is_response):
     """r(x, y), the reward model's score at the last response token: (B,) float, in deviations of its training scores.
 
     The head is applied by hand: the model's own forward looks for the last token that is not padding, and takes the one
     before EOS where pad and EOS are the same token.
     """
-    hidden = reward_model.base_model(input_ids=ids, attention_mask=is_token, use_cache=False).last_hidden_state
+    hidden = reward_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     score = value_head(reward_model)(hidden).squeeze(-1).float()                                   # (B, T)
     mean, std = score_scale(reward_model)
     return torch.where(last_token(is_response), (score - mean) / std, 0.0).sum(-1)
@@ -255,8 +258,8 @@ class ResponseReward(torch.nn.Module):
         self.reward_model, self.config = reward_model, reward_model.config
         self._no_split_modules = reward_model._no_split_modules
 
-    def forward(self, ids, is_token, is_response):
-        return response_reward(self.reward_model, ids, is_token, is_response)
+    def forward(self, ids, is_response):
+        return response_reward(self.reward_model, ids, is_response)
 
 
 @torch.no_grad()
@@ -266,16 +269,17 @@ def score_rollouts(policy, reference, reward_model, sequences, greedy, args, pad
     sequences, greedy   [(prompt ids, response ids)]: the sampled and the greedy answers
     Returns ids, is_token, is_response, logp_old, logp_ref, each (B, T), of the sampled; score, score_greedy (B,).
     """
-    ids, is_token, is_response = batch = collate(sequences, pad_id, next(policy.parameters()).device)
+    ids, is_token, is_response = collate(sequences, pad_id, next(policy.parameters()).device)
     logp_old, logp_ref = torch.zeros(2, *ids.shape, device=ids.device)
     score, score_greedy = torch.zeros(2, len(ids), device=ids.device)
     length = is_token.sum(-1).cpu()
     for rows in length.argsort().split(args.micro_batch_size):                 # rows of like length: little padding
         width = length[rows].max()
-        micro = [x[rows, :width] for x in batch]
+        micro = ids[rows, :width], is_response[rows, :width]
         logp_old[rows, :width], logp_ref[rows, :width] = policy(*micro), reference(*micro)
         score[rows] = reward_model(*micro)
-        score_greedy[rows] = reward_model(*collate([greedy[row] for row in rows], pad_id, ids.device))
+        ids_greedy, _, is_response_greedy = collate([greedy[row] for row in rows], pad_id, ids.device)
+        score_greedy[rows] = reward_model(ids_greedy, is_response_greedy)
     return ids, is_token, is_response, logp_old, logp_ref, score, score_greedy
 
 
@@ -292,9 +296,9 @@ def improve(accelerator, policy, optimizer, batch, args, stop_if_bad):
     tokens = accelerator.reduce(learned.sum()).clamp(min=1)                    # response tokens of the global batch
     seen = torch.zeros(2, device=learned.device)
     for micro in length.argsort().split(args.micro_batch_size):                # rows of like length: little padding
-        ids, is_token, is_response, logp_old, advantage = (x[micro, :length[micro].max()] for x in batch)
+        ids, _, is_response, logp_old, advantage = (x[micro, :length[micro].max()] for x in batch)
         with accelerator.accumulate(policy):
-            logp = policy(ids, is_token, is_response)                                              # (micro, width)
+            logp = policy(ids, is_response)                                                        # (micro, width)
             # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
             # undone here, so that a token of the batch weighs the same wherever it falls.                # DEVIATION 9
             loss = remax_loss(logp, advantage, is_response) * is_response.sum() / tokens
@@ -553,7 +557,12 @@ def encode_prompt(tokenizer, prompt):
 
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
-    accelerator = Accelerator(**tracker(args))
+    # cuDNN's attention, which torch prefers on an H100, gives NaN gradients in some cases (pytorch issue 196678), and
+    # prepares a plan for every new length of a row. Writing a large checkpoint may take longer than NCCL's 10 minutes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    kwargs = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),     # else DDP holds the gradients twice
+              InitProcessGroupKwargs(timeout=timedelta(hours=2))]
+    accelerator = Accelerator(kwargs_handlers=kwargs, **tracker(args))
     unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
     if accelerator.mixed_precision == "fp16":
         fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")

@@ -23,6 +23,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +31,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
 from accelerate.utils import load as load_safely
 from safetensors import SafetensorError
 from tqdm import tqdm
@@ -131,8 +132,8 @@ def sequence_scores(model, sequences, batch_size, pad_id):
     order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
     parts = []
     for start in range(0, len(order), batch_size):
-        ids, is_token, _ = collate([sequences[row] for row in order[start:start + batch_size]], pad_id, model.device)
-        parts.append(model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float().cpu())
+        ids, _, _ = collate([sequences[row] for row in order[start:start + batch_size]], pad_id, model.device)
+        parts.append(model(input_ids=ids, use_cache=False).logits.squeeze(-1).float().cpu())
     return torch.cat(parts)[torch.tensor(order).argsort()]
 
 
@@ -202,9 +203,9 @@ def main(args):
         totals = torch.zeros(2, device=accelerator.device)                     # loss, pairs ranked rightly
         for micro in mine.split(args.micro_batch_size):
             sequences = [data[2 * row + side] for row in micro for side in (0, 1)]
-            ids, is_token, _ = collate(sequences, tokenizer.pad_token_id, accelerator.device)
+            ids, _, _ = collate(sequences, tokenizer.pad_token_id, accelerator.device)
             with accelerator.accumulate(model):
-                score = model(input_ids=ids, attention_mask=is_token, use_cache=False).logits.squeeze(-1).float()
+                score = model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()
                 loss = bradley_terry_loss(score[0::2], score[1::2])
                 accelerator.backward(loss)     # its mean over micro-batches and processes: all hold as many pairs
             totals += torch.stack([loss.detach() * len(micro), (score[0::2] > score[1::2]).sum()])
@@ -389,7 +390,12 @@ def encode_response(tokenizer, response):
 
 def start_accelerator(args, accumulation_steps):
     """The Accelerator, with what an engine has to know of this script."""
-    accelerator = Accelerator(**tracker(args))
+    # cuDNN's attention, which torch prefers on an H100, gives NaN gradients in some cases (pytorch issue 196678), and
+    # prepares a plan for every new length of a row. Writing a large checkpoint may take longer than NCCL's 10 minutes.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    kwargs = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),     # else DDP holds the gradients twice
+              InitProcessGroupKwargs(timeout=timedelta(hours=2))]
+    accelerator = Accelerator(kwargs_handlers=kwargs, **tracker(args))
     unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
     if accelerator.mixed_precision == "fp16":
         fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")

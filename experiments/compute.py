@@ -13,7 +13,7 @@ Method      The scripts' own main() runs, with models of a shape but random weig
             takes to read weights and key-value cache once per token, at the copying speed measured on this device.
 Command     python experiments/compute.py --shape tiny                     (CPU: about 4 minutes; make compute)
             python experiments/compute.py --shape llama-3.2-3b --prompt_length 1024 --response_length 1024 \\
-                --batch_size 8 --micro_batch_size 2 --gradient_checkpointing          (one GPU of 140 GB)
+                --batch_size 8 --mini_batch_size 4 --micro_batch_size 2 --gradient_checkpointing   (one GPU of 140 GB)
 Result      results/compute.json and results/compute.md: one table per shape and machine
 """
 import argparse
@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -117,9 +118,9 @@ def set_up(script, args, device):
     return real
 
 
-def full_logits_logp(model, ids, is_token, is_response):
+def full_logits_logp(model, ids, is_response):
     """token_logp as it is often written."""
-    logits = model(input_ids=ids, attention_mask=is_token).logits[:, :-1].float()                  # (B, T-1, V)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()                          # (B, T-1, V)
     logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     return torch.where(is_response, torch.nn.functional.pad(logp, (1, 0)), 0.0)
 
@@ -224,6 +225,7 @@ def generation_bound(config, args, bytes_per_number, bandwidth):
 
 # ---- 3. Run ----
 def measure(args):
+    """Yields the result after every round: a limit of time then costs the last round, not all of them."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if device == "cuda" else "no"
@@ -231,8 +233,8 @@ def measure(args):
     with tempfile.TemporaryDirectory() as folder:
         config = write_inputs(Path(folder), args.shape)
         flops, bandwidth = device_speed(device, dtype)
-        for method in args.methods:
-            found[method]["peak"] = peak_memory(lambda: turn(method, args, Path(folder), device, 1), device)
+        for method in args.methods:                           # the second step has Adam's state from its beginning
+            found[method]["peak"] = peak_memory(lambda: turn(method, args, Path(folder), device, 2), device)
         for number in range(args.rounds):
             first = number % len(args.methods)                 # whoever begins a round has no advantage of it
             for method in args.methods[first:] + args.methods[:first]:
@@ -241,10 +243,15 @@ def measure(args):
                                              {"tokens": row["response_length"] * args.batch_size} for row in rows]
                 print(f"round {number + 1}: {method} {sum(rows[-1][f'seconds_{part}'] for part in PARTS):.3f} s",
                       file=sys.stderr)
+            yield summary(args, config, found, device, flops, bandwidth) | {"rounds": number + 1}
+
+
+def summary(args, config, found, device, flops, bandwidth):
+    """What the rounds so far have found."""
     result = {"shape": args.shape, "device": torch.cuda.get_device_name() if device == "cuda" else
               f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, {platform.machine()}",
               "torch": torch.__version__, "matmul_flops": flops, "bandwidth": bandwidth, "methods": {}, "settings": {
-                  name: x for name, x in vars(args).items() if name not in ("output", "methods", "shape")}}
+                  name: x for name, x in vars(args).items() if name not in ("output", "shape")}}
     for method, x in found.items():
         median = {part: statistics.median(row[part] for row in x["seconds"]) for part in PARTS}
         tokens = statistics.mean(row["tokens"] for row in x["seconds"])
@@ -268,8 +275,8 @@ def table(result):
              f"prompts of {s['prompt_length']} and answers of at most {s['response_length']} "
              f"tokens, mini-batches of {s['mini_batch_size']}, micro-batches of {s['micro_batch_size']}, "
              f"{s['ppo_epochs']} epochs, rollouts {s['rollout']}, gradient checkpointing "
-             f"{s['gradient_checkpointing']}; {s['rounds']} rounds of {s['steps']} steps, medians; seed {s['seed']}, "
-             f"torch {result['torch']}, commit {result['commit']}. Matrix product "
+             f"{s['gradient_checkpointing']}; {result['rounds']} rounds of {s['steps']} steps, medians; "
+             f"seed {s['seed']}, torch {result['torch']}, commit {result['commit']}. Matrix product "
              f"{result['matmul_flops'] / 1e12:.3g} TFLOP/s, copying {result['bandwidth'] / 1e9:.3g} GB/s.", "",
              "| | generate, s | score, s | update, s | step, s | tokens/s | peak memory, MiB | utilisation, update | "
              "generation against its bound | time / PPO (paper, 3B) | memory / PPO (paper, 3B) |",
@@ -302,20 +309,20 @@ def main():
     parser.add_argument("--output", default=str(ROOT / "results"), help="folder of compute.json and compute.md")
     args = parser.parse_args()
     file = Path(args.output) / "compute.json"
-    result = measure(args)
-    result["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True,
-                                      text=True).stdout.strip()
-    kept = json.loads(file.read_text()) if file.exists() else []
-    same = ("shape", "device", "settings")                     # a measurement is only replaced by its repetition
-    kept = [old for old in kept if any(old[name] != result[name] for name in same)] + [result]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(kept, indent=2) + "\n")
-    head = ["# Time and memory of a step", "", "What is measured, and how: "
-            "[experiments/compute.py](../experiments/compute.py). The paper's figures (Table 7) are of Llama-3.2-3B on "
-            "8 x A100 with ZeRO-1, in its own code."]
-    (Path(args.output) / "compute.md").write_text("\n".join(
-        head + [line for one in kept for line in ["", *table(one)]]) + "\n", encoding="utf-8")
-    print("\n".join(table(result)))
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else "unknown"
+    for result in measure(args):
+        kept = json.loads(file.read_text()) if file.exists() else []
+        same = ("shape", "device", "settings")                 # a measurement is only replaced by its repetition
+        kept = [old for old in kept if any(old[name] != result[name] for name in same)] + [result | {"commit": commit}]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(kept, indent=2) + "\n")
+        head = ["# Time and memory of a step", "", "What is measured, and how: "
+                "[experiments/compute.py](../experiments/compute.py). The paper's figures (Table 7) are of "
+                "Llama-3.2-3B on 8 x A100 with ZeRO-1, in its own code."]
+        (Path(args.output) / "compute.md").write_text("\n".join(
+            head + [line for one in kept for line in ["", *table(one)]]) + "\n", encoding="utf-8")
+    print("\n".join(table(kept[-1])))
 
 
 if __name__ == "__main__":

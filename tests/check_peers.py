@@ -58,7 +58,7 @@ def says(logits):
 def test_log_probabilities(batch):
     _, _, draw = batch
     logits, ids = draw(3, 9, 50), torch.randint(0, 50, (3, 9))
-    ours = train_dvpo.token_logp(says(logits), ids, None, torch.arange(9).expand(3, 9) > 0)
+    ours = train_dvpo.token_logp(says(logits), ids, torch.arange(9).expand(3, 9) > 0)
     torch.testing.assert_close(ours[:, 1:], selective_log_softmax(logits[:, :-1], ids[:, 1:]), **CLOSE)
 
 
@@ -168,7 +168,7 @@ def test_dpo_loss(batch, smoothing):
     is_response, mask, draw = batch
     ids, beta = torch.randint(0, 50, is_response.shape), 0.3
     logits, ref = draw(*is_response.shape, 50), draw(6)
-    answer_logp = dpo.token_logp(says(logits), ids, None, is_response).sum(-1)
+    answer_logp = dpo.token_logp(says(logits), ids, is_response).sum(-1)
     reward = beta * (answer_logp - ref)                                # trl's batch: all chosen, then all rejected
     ours = dpo.dpo_loss(reward[:3], reward[3:], smoothing)
     inputs = {"input_ids": ids, "completion_mask": mask, "attention_mask": mask, "ref_chosen_logps": ref[:3],

@@ -78,11 +78,11 @@ def test_value_loss_value_and_gradient(random_batch):
 def test_values_are_read_before_the_action(ppo_run, world):
     """state_values[t] does not change when token t does; it does when token t - 1 does."""
     critic = AutoModelForTokenClassification.from_pretrained(ppo_run / "critic").eval()
-    ids, is_token = torch.randint(10, 500, (1, 9)), torch.ones(1, 9, dtype=torch.bool)
+    ids = torch.randint(10, 500, (1, 9))
     other = ids.clone()
     other[0, 5] += 1
     with torch.no_grad():
-        a, b = ppo.state_values(critic, ids, is_token), ppo.state_values(critic, other, is_token)
+        a, b = ppo.state_values(critic, ids), ppo.state_values(critic, other)
     assert torch.equal(a[0, :6], b[0, :6]) and a[0, 6] != b[0, 6]
 
 
@@ -276,9 +276,9 @@ def test_the_score_is_read_at_the_last_response_token_whatever_the_padding(rewar
         stock = model(input_ids=ids, attention_mask=is_token).logits.squeeze(-1)
         left = torch.tensor([[tokenizer.pad_token_id] * (ids.shape[1] - len(p) - len(r)) + [*p, *r] for p, r in data])
         left_padded = model(input_ids=left, attention_mask=left != tokenizer.pad_token_id).logits.squeeze(-1)
-        ours = ppo.response_reward(model, ids, is_token, is_response) * std + mean
+        ours = ppo.response_reward(model, ids, is_response) * std + mean
         junk = torch.where(is_token, ids, tokenizer.eos_token_id)              # ours: whatever stands in the padding
-        with_junk = ppo.response_reward(model, junk, is_token, is_response) * std + mean
+        with_junk = ppo.response_reward(model, junk, is_response) * std + mean
     assert len({len(p) + len(r) for p, r in data}) > 1 and alone.std() > 0
     for scores in (stock, left_padded, ours, with_junk):
         assert torch.allclose(scores, alone, atol=1e-5)

@@ -22,9 +22,9 @@ def config():
 def test_floating_point_operations_are_those_that_torch_counts(config):
     """Of one forward and backward pass of token_logp: prompt 40, answer 24. torch does not count attention on CPU."""
     model = AutoModelForCausalLM.from_config(config)
-    ids, is_token = torch.randint(0, 1000, (1, 64)), torch.ones(1, 64, dtype=torch.bool)
+    ids = torch.randint(0, 1000, (1, 64))
     with FlopCounterMode(display=False) as counter:
-        train_dvpo.token_logp(model, ids, is_token, (torch.arange(64) >= 40)[None]).sum().backward()
+        train_dvpo.token_logp(model, ids, (torch.arange(64) >= 40)[None]).sum().backward()
     attention = 6 * config.num_hidden_layers * config.hidden_size * 64 ** 2
     assert compute.update_flops(config, [24], 40, 1, 1) - attention == pytest.approx(counter.get_total_flops(), rel=0.02)
 
@@ -42,7 +42,7 @@ def test_the_naive_way_gives_the_same_log_probabilities(config):
     model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(0, 1000, (3, 20))
     is_token = torch.arange(20) < torch.tensor([20, 12, 15])[:, None]
     is_response = is_token & (torch.arange(20) >= 8)
-    ours, theirs = (f(model, ids, is_token, is_response) for f in (train_dvpo.token_logp, compute.full_logits_logp))
+    ours, theirs = (f(model, ids, is_response) for f in (train_dvpo.token_logp, compute.full_logits_logp))
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 

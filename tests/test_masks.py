@@ -57,40 +57,33 @@ def test_eos_is_trained(policy, pad_id):
     ids, is_token, is_response = sft.collate(SEQUENCES[:2], pad_id, "cpu")
 
     def eos_logp():
-        logp = train_dvpo.token_logp(model, ids, is_token, is_response)
+        logp = train_dvpo.token_logp(model, ids, is_response)
         return logp[train_gvm.last_token(is_response)].sum()
 
     before = eos_logp().item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    sft.sft_loss(sft.token_logp(model, ids, is_token, is_response), is_response).backward()
+    sft.sft_loss(sft.token_logp(model, ids, is_response), is_response).backward()
     optimizer.step()
     assert eos_logp().item() > before + 0.01
 
 
 def test_a_rows_numbers_do_not_depend_on_its_batch_or_padding(policy, gvm):
-    """Alone without padding, in a batch with right padding, with left padding: the same log-probabilities and values."""
-    ids, is_token, is_response = sft.collate(SEQUENCES, 0, "cpu")
+    """Alone without padding, or in a batch, padded on the right, without a mask: the same log-probabilities and values."""
+    ids, _, is_response = sft.collate(SEQUENCES, 0, "cpu")
     with torch.no_grad():
-        logp = train_dvpo.token_logp(policy, ids, is_token, is_response)
-        q = gvm(input_ids=ids, attention_mask=is_token).logits.squeeze(-1)
+        logp = train_dvpo.token_logp(policy, ids, is_response)
+        q = gvm(input_ids=ids).logits.squeeze(-1)
         for row, (prompt, response) in enumerate(SEQUENCES):
-            alone, mask, tail = sft.collate([(prompt, response)], 0, "cpu")
-            left = torch.cat([torch.zeros(1, 4, dtype=torch.long), alone], 1)
-            left_mask = torch.cat([torch.zeros(1, 4, dtype=torch.bool), mask], 1)
-            assert torch.allclose(train_dvpo.token_logp(policy, alone, mask, tail)[tail], logp[row][is_response[row]], atol=1e-5)
-            left_tail = torch.cat([torch.zeros(1, 4, dtype=torch.bool), tail], 1)
-            assert torch.allclose(train_dvpo.token_logp(policy, left, left_mask, left_tail)[left_tail],
-                                  logp[row][is_response[row]], atol=1e-5)
-            assert torch.allclose(gvm(input_ids=alone, attention_mask=mask).logits.squeeze(-1)[tail],
-                                  q[row][is_response[row]], atol=1e-5)
+            alone, _, tail = sft.collate([(prompt, response)], 0, "cpu")
+            assert torch.allclose(train_dvpo.token_logp(policy, alone, tail)[tail], logp[row][is_response[row]], atol=1e-5)
+            assert torch.allclose(gvm(input_ids=alone).logits.squeeze(-1)[tail], q[row][is_response[row]], atol=1e-5)
 
 
 def test_junk_in_the_padding_changes_nothing(policy, gvm):
     ids, is_token, is_response = sft.collate(SEQUENCES, 0, "cpu")
     other = torch.where(is_token, ids, 23)
     with torch.no_grad():
-        for function in (lambda x: train_dvpo.token_logp(policy, x, is_token, is_response),
-                         lambda x: gvm(input_ids=x, attention_mask=is_token).logits.squeeze(-1)):
+        for function in (lambda x: train_dvpo.token_logp(policy, x, is_response), lambda x: gvm(input_ids=x).logits.squeeze(-1)):
             assert torch.allclose(function(ids)[is_response], function(other)[is_response], atol=1e-6)
 
 
@@ -98,7 +91,7 @@ def test_token_logp_is_at_the_tokens_own_position(policy):
     prompt, response = SEQUENCES[0]
     ids, is_token, is_response = sft.collate([(prompt, response)], 0, "cpu")
     with torch.no_grad():
-        logp = train_dvpo.token_logp(policy, ids, is_token, is_response)
+        logp = train_dvpo.token_logp(policy, ids, is_response)
         assert (logp[~is_response] == 0).all()
         for t, token in enumerate(prompt + response):
             if t >= len(prompt):
@@ -115,7 +108,7 @@ def test_token_logp_and_its_gradient_are_those_of_the_full_logits(policy, at_onc
     weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
     logits = policy(input_ids=ids, attention_mask=is_token).logits[:, :-1]
     full = torch.nn.functional.pad(logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1), (1, 0))
-    ours = train_dvpo.token_logp(policy, ids, is_token, is_response)
+    ours = train_dvpo.token_logp(policy, ids, is_response)
     assert torch.allclose(ours[is_response], full[is_response], atol=1e-6)
     gradients = [torch.autograd.grad((logp * weight)[is_response].sum(), list(policy.parameters())) for logp in (ours, full)]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients)) and gradients[0][0].abs().sum() > 0.1
@@ -137,7 +130,7 @@ def test_no_float32_copy_of_all_logits(policy, monkeypatch):
     ids, is_token, is_response = sft.collate(SEQUENCES, 0, "cpu")
     kept = []
     with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        train_dvpo.token_logp(model, ids, is_token, is_response).sum().backward()
+        train_dvpo.token_logp(model, ids, is_response).sum().backward()
     assert is_response.sum() > 4 and max(largest) == 32 * 2
     assert not [x for x in kept if x.dtype == torch.float32 and x.shape[-1:] == (32,)]         # none is kept for the backward pass
 
