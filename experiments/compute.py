@@ -12,6 +12,8 @@ Method      The scripts' own main() runs, with models of a shape but random weig
             not counted) by time, against the fastest matrix product on this device. Generation: against the time it
             takes to read weights and key-value cache once per token, at the copying speed measured on this device.
 Command     python experiments/compute.py --shape tiny                     (CPU: about 4 minutes; make compute)
+            python experiments/compute.py --shape llama-3.2-1b --prompt_length 1024 --response_length 512 \\
+                --batch_size 16 --mini_batch_size 8 --micro_batch_size 4 --gradient_checkpointing   (one GPU of 80 GB)
             python experiments/compute.py --shape llama-3.2-3b --prompt_length 1024 --response_length 1024 \\
                 --batch_size 8 --mini_batch_size 4 --micro_batch_size 2 --gradient_checkpointing   (one GPU of 140 GB)
 Result      results/compute.json and results/compute.md: one table per shape and machine
