@@ -499,7 +499,8 @@ class TokenLogp(torch.nn.Module):
 
     def __init__(self, policy):
         super().__init__()
-        self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+        self.policy, self.config = policy, policy.config
+        self._no_split_modules = policy._no_split_modules     # the layers that FSDP divides one by one
         with torch.no_grad():
             ids = torch.tensor([[0, 1]], device=policy.device)
             hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -1386,6 +1387,7 @@ def main(argv):
     if not argv or argv[0] not in COMMANDS:
         fail(f"the first word must be one of {', '.join(COMMANDS)} (python evaluate.py values --help)")
     arguments, command = COMMANDS[argv[0]]
+    torch.backends.cuda.enable_cudnn_sdp(False)               # it prepares a plan for every new length of a row
     try:
         command(parse_args(arguments, argv[1:]))
     except KeyboardInterrupt:

@@ -267,7 +267,8 @@ class TokenLogp(torch.nn.Module):
 
     def __init__(self, policy):
         super().__init__()
-        self.policy, self.config, self._no_split_modules = policy, policy.config, policy._no_split_modules
+        self.policy, self.config = policy, policy.config
+        self._no_split_modules = policy._no_split_modules     # the layers that FSDP divides one by one
         with torch.no_grad():
             ids = torch.tensor([[0, 1]], device=policy.device)
             hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
