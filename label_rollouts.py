@@ -526,8 +526,8 @@ def main(args):
     if args.test_share >= 1:
         fail(f"--test_share {args.test_share}: it has to be less than 1")
     models, output = named(args.models), check_output(args)
-    # A process that is done waits for those that are not. (Without cpu, processes on a CPU would not know each other.)
     torch.backends.cuda.enable_cudnn_sdp(False)               # it prepares a plan for every new length of a row
+    # A process that is done waits for those that are not. (Without cpu, processes on a CPU would not know each other.)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=30))
     dtype = {"auto": torch.float32 if state.device.type == "cpu" else torch.bfloat16, "float32": torch.float32,
              "bfloat16": torch.bfloat16}[args.dtype]
