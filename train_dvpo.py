@@ -9,7 +9,7 @@ and Q, and the policy is updated. Section 3.3 takes A = Q (--advantage q). The d
 does, and sums up as GAE does, which is ours (DEVIATION 5; docs/deviations.md lists them all).
 
 Shapes   (B, T): B rollouts, T the width, tokens of the longest row. Rows are [prompt | response | padding].
-         In formulas t and T are the paper's: they count the response's tokens, and T is its last.
+         In formulas t and T are the paper's: they count the response's tokens, from 1 to T.
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
 Where    logp[b, t], q[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t), Q(tau, s_t, a_t).
 

@@ -8,7 +8,7 @@ a language model with one number per token instead of a vocabulary: a stock Auto
 "Released code" is the authors', github.com/microsoft/DKI_LLM; docs/deviations.md lists where we depart from the paper.
 
 Shapes   (B, T): B rows, T the width, tokens of the longest row. Rows are [tau | prompt | response | padding].
-         In formulas t and T are the paper's: they count the response's tokens, and T is its last.
+         In formulas t and T are the paper's: they count the response's tokens, from 1 to T.
 Masks    is_token (B, T) no padding; is_response (B, T) tokens that the behaviour policy wrote, y^1..y^T, EOS included.
 Where    q[b, t] is read *at* the position of token a_t = y^t: there the model has seen s_t = [x, y^{<t}] and a_t.
          One position earlier it has seen s_t only: that is V(s_t), which the authors' released code uses instead.
