@@ -129,10 +129,10 @@ def main():
             numbers += f"; pair accuracy {cell(pairs)}, {verdict(pairs)}"
         found[(f"deviation {number}: " if number else "") + f"{ours} gives a better policy than {name}"] = verdict(
             gap), numbers
-    finding = (f"Policies, the score that ours is ahead by: above 0 by its interval for "
-               f"{', '.join(said['confirmed']) or 'none'}; below 0 for "
-               f"{', '.join(said['not confirmed: the reverse']) or 'none'}; not decided for "
-               f"{', '.join(said['not decided']) or 'none'}.")
+    finding = ("Ours is ahead, by the interval of the policies' scores, of: "
+               f"{'; '.join(said['confirmed']) or 'none'}. It is behind: "
+               f"{'; '.join(said['not confirmed: the reverse']) or 'none'}. Not decided: "
+               f"{'; '.join(said['not decided']) or 'none'}.")
 
     tables = ["| DVPO with | deviation | oracle score, held out | gain over SFT | length | KL (nats) |",
               "|---" * 6 + "|"]

@@ -181,3 +181,19 @@ def test_the_readme_s_findings_are_what_was_measured():
         assert word.strip(" *") in verdicts, (name, word)
         missing = [number for number in re.findall(r"\d+\.\d+", numbers) if number not in page]
         assert not missing, (name, missing)
+
+
+def test_measured_effects_of_deviations_are_those_of_their_pages():
+    """Each number of the last column of docs/deviations.md, and of README's table of deviations, stands on a page it names."""
+    rows = [line.split("|")[-2] for line in (ROOT / "docs" / "deviations.md").read_text(encoding="utf-8").splitlines()
+            if re.match(r"\| \d+ \|", line)]
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Faithful, and where not")[1].split("\n## ")[0]
+    rows += [line.split("|")[-2] for line in section.splitlines() if line.startswith("| ")]
+    seen = 0
+    for row in rows:
+        pages = "".join((ROOT / "results" / f"{name}.md").read_text(encoding="utf-8")
+                        for name in {"deviations", *re.findall(r"results/(\w+)\.md", row)})
+        numbers = re.findall(r"\d+\.\d+", row)
+        assert not [number for number in numbers if number not in pages], row
+        seen += len(numbers)
+    assert seen > 20
