@@ -65,7 +65,7 @@ def test_lengths_are_those_of_the_table():
 def test_the_command_writes_a_table_and_keeps_other_ones(tmp_path, monkeypatch):
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["compute.py", "--prompt_length", "8", "--response_length", "12", "--batch_size", "8",
-                                          "--mini_batch_size", "4", "--micro_batch_size", "2", "--rounds", "1", "--steps", "2",
+                                          "--mini_batch_size", "4", "--micro_batch_size", "2", "--rounds", "1", "--steps", "1",
                                           "--output", str(tmp_path), *flags])
         compute.main()
         return json.loads((tmp_path / "compute.json").read_text())
@@ -75,9 +75,6 @@ def test_the_command_writes_a_table_and_keeps_other_ones(tmp_path, monkeypatch):
     for x in first["methods"].values():
         assert x["step"] == pytest.approx(x["generate"] + x["score"] + x["update"]) and min(x["generate"], x["score"], x["update"]) > 0
         assert 0 < x["utilisation"] < 1 and 0 < x["generation"] < 1 and x["tokens_per_second"] > 0
-    both = run("--methods", "DVPO", "PPO", "--rollout", "continuous", "--gradient_checkpointing")
-    assert both[0] == first and set(both[1]["methods"]) == {"DVPO", "PPO"} and len(run("--methods", "DVPO", "PPO", "--rollout",
-                                                                                    "continuous", "--gradient_checkpointing")) == 2
-    page = (tmp_path / "compute.md").read_text()
-    ratio = first["methods"]["DVPO"]["step"] / first["methods"]["PPO"]["step"]
-    assert page.count("| DVPO |") == 2 and f"| {ratio:.2f} (0.57) |" in page and "rollouts continuous" in page
+    other = "--methods", "DVPO", "--rollout", "continuous", "--gradient_checkpointing"
+    both = run(*other)
+    assert both[0] == first and set(both[1]["methods"]) == {"DVPO"} and len(run(*other)) == 2  # again: replaces itself alone
