@@ -123,9 +123,9 @@ def pretended_gpu(monkeypatch):
         yield
 
 
-def refused(compute, monkeypatch):
+def refused(work, monkeypatch):
     with pretended_gpu(monkeypatch), pytest.raises((RuntimeError, TypeError)):
-        compute()
+        work()
 
 
 def test_what_a_gpu_refuses(monkeypatch):
