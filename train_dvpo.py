@@ -92,7 +92,7 @@ def read_rows(data, split, *fields):
     for i, row in enumerate(rows):
         try:
             rows[i] = json.loads(row) if isinstance(row, str) else row
-            if any(x != x or not str(x or "").strip() for x in map(rows[i].__getitem__, fields)):
+            if any(x in (None, []) or x != x or not str(x).strip() for x in map(rows[i].__getitem__, fields)):
                 raise ValueError("empty or NaN")
         except (ValueError, KeyError, AttributeError) as problem:
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
@@ -477,7 +477,7 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as = (config.architectures or ["?"])[0]
     if not made_as.endswith(auto_class.__name__[9:]) if trained else "Classification" in made_as:
-        fail(f"{name}: holds a {made_as}; here it has to be " + ("a trained value" if trained else "a language") + " model")
+        fail(f"{name}: holds a {made_as}; wanted: a {'trained value' if trained else 'language'} model")
     model = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):              # else the ratio of a policy to itself is not 1
