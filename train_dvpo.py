@@ -3,9 +3,9 @@
     python train_dvpo.py                                                  # Atlas, on a laptop
     accelerate launch train_dvpo.py --advantage q --whiten false          # section 3.3 to the letter
 
-Section 3.3, Eq. (2): clipped PPO whose advantages are read from the frozen global value model (GVM): no reward
-model, no critic. Section 3.3 takes A = Q (--advantage q). The default subtracts V(s) as a baseline, as section
-3.4.1 does; accumulating with GAE is our addition (docs/deviations.md).
+Section 3.3, Eq. (2): clipped PPO whose advantages are read from the frozen global value model: no reward model, no
+critic. Section 3.3 takes A = Q (--advantage q). The default subtracts V(s) as a baseline, as section 3.4.1 does;
+accumulating with GAE is our addition (docs/deviations.md).
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding up to the batch's width L.
 What belongs to a token stands in the token's column; B rows make tensors of shape (B, L).
@@ -110,9 +110,8 @@ def load_tokenizer(name, template=None):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer. The
-    template writes BOS where the model wants one. A control token that someone typed ("<|im_end|>") would end the
-    turn: a space after its first character makes it plain text."""
+    """Token ids of a prompt: a string is one user turn; or chat messages. The template writes BOS where the model
+    wants one. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
     for message in messages:
         for token in tokenizer.all_special_tokens:
@@ -133,9 +132,8 @@ def end_of_answer(tokenizer):
 def collate(sequences, pad_id):
     """[(prompt ids, response ids)] -> right-padded ids (B, L) long, is_response (B, L) bool, lengths (B,) long.
 
-    The mask comes from the lengths, not from the ids: where pad and EOS are the same token, `ids != pad` would
-    hide every EOS from the loss, and the model would never learn to stop. No attention mask: no token sees the
-    padding, which is on the right.
+    The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide every EOS from the loss,
+    and the model would never stop. No attention mask: padding is on the right, where no token sees it.
     """
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_id)
@@ -461,11 +459,10 @@ def fail(message):
 
 def parse_args(cls, argv):
     """`script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script; flags after it win."""
-    parser, section = HfArgumentParser(cls, allow_abbrev=False), Path(sys.argv[0]).stem
+    parser = HfArgumentParser(cls, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
     if argv and argv[0].endswith(".yaml"):
-        recipe = yaml.safe_load(Path(argv[0]).read_text()) if Path(argv[0]).is_file() else {}
-        settings = recipe.get(section) or fail(f"{argv[0]}: no such recipe, or no section {section!r} in it")
+        settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
         argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
     return parser.parse_args_into_dataclasses(argv)[0]
 
@@ -475,37 +472,37 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
     else a language model, which may get a new head. transformers would load either as the other, in silence."""
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
-    made_as = (config.architectures or ["?"])[0]
-    if not made_as.endswith(auto_class.__name__[9:]) if trained else "Classification" in made_as:
-        fail(f"{name}: holds a {made_as}; wanted: a {'trained value' if trained else 'language'} model")
+    made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("Auto")
+    if not made_as.endswith(wanted.removeprefix("Model")) if trained else "Classification" in made_as:
+        fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
     model = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):              # else the ratio of a policy to itself is not 1
             module.p = 0.0
     context = getattr(config.get_text_config(), "max_position_embeddings", length)
     if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        fail(f"{name}: too small for rows of {length} tokens (context: {context}) or for {len(tokenizer)} ids")
-    if model.can_generate():                                  # an answer ends where template or model makers say
+        fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
+    if model.can_generate():                                  # an answer ends where the template or the model says
         own = model.generation_config.eos_token_id or []
-        stop_ids = {end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])}
-        model.generation_config = GenerationConfig(eos_token_id=list(stop_ids), pad_token_id=tokenizer.pad_token_id)
+        stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])})
+        model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
     return model
 
 
 def start_accelerator(args, update_size):
-    """The Accelerator, and the rows of a micro-batch: an update's rows / processes / micro-batches has to divide."""
+    """The Accelerator, and the rows of a micro-batch: update_size rows have to divide over processes and those."""
     accelerator = Accelerator(log_with=None if args.log_with == "none" else args.log_with, project_dir=args.output)
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided afterwards
-    processes = accelerator.num_processes
-    micro_size = max(1, min(args.micro_batch_size, update_size // processes))
-    if update_size % (micro_size * processes) or accelerator.distributed_type == DistributedType.FSDP:
-        fail(f"{update_size} rows an update do not divide into {processes} processes x --micro_batch_size "
-             f"{args.micro_batch_size}, or this is FSDP, which is not supported (use ZeRO)")
-    accelerator.gradient_accumulation_steps = update_size // (micro_size * processes)
+    micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
+    accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
+    if rest or accelerator.distributed_type == DistributedType.FSDP:
+        fail(f"{update_size} rows an update do not divide into {accelerator.num_processes} processes x "
+             f"--micro_batch_size {micro_size}; or this is FSDP: use DDP or ZeRO")
+    accelerator.gradient_accumulation_steps = accumulation
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         accelerator.deepspeed_plugin.deepspeed_config |= {
-            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
-            "gradient_clipping": MAX_GRAD_NORM, "train_micro_batch_size_per_gpu": micro_size}
+            "gradient_accumulation_steps": accumulation, "gradient_clipping": MAX_GRAD_NORM,
+            "train_micro_batch_size_per_gpu": micro_size}
     return accelerator, micro_size
 
 
@@ -544,9 +541,9 @@ def start_run(accelerator, args):
     """Makes the run folder and writes args.json. A run that is there stays, unless --overwrite is given."""
     output = Path(args.output)
     if accelerator.is_main_process:
-        inputs = [getattr(args, name, output / "..") for name in ("model", "gvm", "reward_model", "data")]
-        if any(Path(name).resolve().is_relative_to(output.resolve()) for name in inputs):
-            fail(f"{output}: holds an input of this run. Choose another --output")
+        inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
+        if output.resolve() in [Path(value).resolve() for value in inputs]:
+            fail(f"{output}: is an input of this run. Choose another --output")
         if output.exists() and any(output.iterdir()) and not args.resume:
             if not (args.overwrite and (output / "args.json").is_file()):
                 fail(f"{output}: is in use. Choose another --output, or pass --resume or --overwrite")
@@ -591,15 +588,12 @@ def log_step(accelerator, output, record, rollouts=()):
 
 
 def save_run(accelerator, model, state, tokenizer, output, about):
-    """Weights, tokenizer, a short model card. The weights are moved in last: they make a run whole."""
+    """Saves the weights (state: gathered from all processes), the tokenizer and a short model card."""
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(output / "saving", state_dict=state)
-        tokenizer.save_pretrained(output)
         card = f"---\nlibrary_name: transformers\ntags: [dvpo]\n---\n{about}\n\n    {' '.join(sys.argv)}\n"
         (output / "README.md").write_text(card)
-        for file in sorted((output / "saving").iterdir()):    # "config.json" before "model.safetensors"
-            file.replace(output / file.name)
-        (output / "saving").rmdir()
+        tokenizer.save_pretrained(output)
+        accelerator.unwrap_model(model).save_pretrained(output, state_dict=state)
     accelerator.wait_for_everyone()
 
 
