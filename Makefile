@@ -4,24 +4,23 @@ VENV   ?= .venv
 SEED   ?= 1
 RUN    ?= runs/atlas
 override RUN := $(patsubst %/,%,$(RUN))
+# Threads that wait sleep. Spinning, as is OpenMP's default, makes a busy machine many times slower.
+export OMP_WAIT_POLICY ?= passive
 
 ifeq ($(strip $(VENV)),)
-PY        := $(PYTHON)
-INSTALLED :=
-ENGINES   :=
+PY := $(PYTHON)
 else
-PY        := $(VENV)/bin/python
+PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-ENGINES   := $(VENV)/.engines
+TESTS_INSTALLED := $(VENV)/.tests
 endif
 
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
 	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 12)"
-	@echo "make claims    nine claims of the paper, against the truth: results/*.md; hours on two cores (QUICK=1: under 10 minutes)"
+	@echo "make claims    nine claims of the paper, against the truth: experiments/results/*.md; hours (QUICK=1: 10 minutes)"
 	@echo "make compute   time and memory of a step of each method, with a tiny model: about 4 minutes"
-	@echo "make test      ruff and the whole test suite"
-	@echo "make test-distributed  every script under DDP, ZeRO-1 to 3 and FSDP2 (two processes on CPU; about 20 minutes)"
+	@echo "make test      ruff and the tests; make test-all: the slow ones too, then all in reverse order"
 	@echo "make test-resume  kills all training scripts at random moments and resumes them; minutes (KILLS=100: more)"
 	@echo "make test-peers  losses and advantages against trl's and verl's own (installs them in .venv-peers)"
 	@echo "options        SEED=3 (every seed) | RUN=folder (default runs/atlas) | PYTHON=python3 VENV= (no new environment)"
@@ -31,9 +30,8 @@ $(VENV)/.installed: requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-# DeepSpeed, for the tests alone.
-$(VENV)/.engines: $(VENV)/.installed tests/engines_requirements.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/engines_requirements.txt
+$(VENV)/.tests: $(VENV)/.installed tests/requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
 # A demo with another seed is set aside under its seed's name, and taken up again when that seed is asked for.
@@ -44,13 +42,13 @@ demo: $(INSTALLED)
 	    mv $(RUN) $(RUN)-seed$$was || exit 1; echo "the demo of seed $$was is now in $(RUN)-seed$$was"; fi; \
 	if [ ! -e $(RUN) ] && [ -e $(RUN)-seed$(SEED) ]; then mv $(RUN)-seed$(SEED) $(RUN); fi
 	@$(MAKE) --no-print-directory stages
-	@$(PY) atlas.py summary --run $(RUN)
+	@$(PY) data/atlas.py summary --run $(RUN)
 
 stages: $(addprefix $(RUN)/,figures/tokens.png figures/curves.png figures/wins.png eval/values.json eval/policy.json)
 
 # Each stage waits for the stage before it and for its own script; --overwrite only replaces what is older than these.
-$(RUN)/data/manifest.json: atlas.py
-	$(PY) atlas.py world --output $(RUN) --seed $(SEED) --overwrite
+$(RUN)/data/manifest.json: data/atlas.py
+	$(PY) data/atlas.py world --output $(RUN) --seed $(SEED) --overwrite
 
 $(RUN)/sft/model.safetensors: sft.py $(RUN)/data/manifest.json
 	$(PY) sft.py --model $(RUN)/base --data $(RUN)/data --output $(RUN)/sft --seed $(SEED) --overwrite
@@ -65,16 +63,16 @@ $(RUN)/eval/values.json: evaluate.py $(RUN)/gvm/model.safetensors
 	$(PY) evaluate.py values --models $(RUN)/gvm --data $(RUN)/data --output $@ --seed $(SEED) --overwrite
 
 $(RUN)/eval/policy.json: evaluate.py $(RUN)/dvpo/model.safetensors
-	$(PY) evaluate.py policy --models $(RUN)/sft $(RUN)/dvpo --data $(RUN)/data --judge atlas.py:oracle --output $(RUN)/eval --seed $(SEED) --overwrite
+	$(PY) evaluate.py policy --models $(RUN)/sft $(RUN)/dvpo --data $(RUN)/data --judge data/atlas.py:oracle --output $(RUN)/eval --seed $(SEED) --overwrite
 
-$(RUN)/figures/tokens.png: figures.py $(RUN)/gvm/model.safetensors $(RUN)/dvpo/model.safetensors
-	$(PY) figures.py tokens --gvm $(RUN)/gvm --policy $(RUN)/dvpo --output $(RUN)/figures --overwrite
+$(RUN)/figures/tokens.png: analysis/figures.py $(RUN)/gvm/model.safetensors $(RUN)/dvpo/model.safetensors
+	$(PY) analysis/figures.py tokens --gvm $(RUN)/gvm --policy $(RUN)/dvpo --output $(RUN)/figures --overwrite
 
-$(RUN)/figures/curves.png: figures.py $(RUN)/dvpo/model.safetensors
-	$(PY) figures.py curves --runs $(RUN)/dvpo --judge atlas.py:oracle --output $(RUN)/figures --overwrite
+$(RUN)/figures/curves.png: analysis/figures.py $(RUN)/dvpo/model.safetensors
+	$(PY) analysis/figures.py curves --runs $(RUN)/dvpo --judge data/atlas.py:oracle --output $(RUN)/figures --overwrite
 
-$(RUN)/figures/wins.png: figures.py $(RUN)/eval/policy.json
-	$(PY) figures.py wins --results $(RUN)/eval/policy.json --output $(RUN)/figures --overwrite
+$(RUN)/figures/wins.png: analysis/figures.py $(RUN)/eval/policy.json
+	$(PY) analysis/figures.py wins --results $(RUN)/eval/policy.json --output $(RUN)/figures --overwrite
 
 # QUICK: one seed, 20 steps, the scripts' own learning rates, and nothing written to results/.
 compare: $(INSTALLED)
@@ -91,19 +89,19 @@ QUICKLY := $(if $(QUICK),--seeds 21 --jobs 1 --scale 0.1 --runs runs/claims-quic
 claims: $(INSTALLED)
 	@for name in $(CLAIMS); do echo "==== $$name"; $(PY) experiments/$$name.py $(QUICKLY) || exit 1; done
 
-test: $(INSTALLED) $(ENGINES)
+test: $(TESTS_INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m pytest --numprocesses 2 --dist loadfile
 
-# Every script under DDP, ZeRO-1 to 3 and FSDP2, two processes on CPU: about 20 minutes.
-test-distributed: $(INSTALLED) $(ENGINES)
+# The runs of several processes that take minutes too; then the quick ones, last file first.
+test-all: test
 	$(PY) -m pytest -m distributed
+	REVERSE=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 # Tables 6 and 7; on a GPU, larger shapes: python experiments/compute.py --help.
 compute: $(INSTALLED)
 	$(PY) experiments/compute.py --shape tiny
 
-# FUZZ=5000 make test: so many damaged files, rather than some hundred.
 test-resume: $(INSTALLED)
 	$(PY) tests/kill_resume.py --kills $(or $(KILLS),25)
 
@@ -117,4 +115,4 @@ test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	@touch $@
 
-.PHONY: help demo stages compare claims compute test test-distributed test-resume test-peers
+.PHONY: help demo stages compare claims compute test test-all test-resume test-peers

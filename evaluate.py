@@ -111,29 +111,18 @@ class JudgeArgs:
 
 
 def fail(message):
-    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
-    raise SystemExit(f"error: {' '.join(message.splitlines())}")
+    """Ends the program with one clear line: for what a user can fix. Bugs keep their traceback."""
+    raise SystemExit(f"error: {message}")
 
 
 def parse_args(cls, argv):
-    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
+    """`script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script; flags after it win."""
     parser = HfArgumentParser(cls, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
-    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    for flag in flags:
-        if flags.count(flag) > 1:
-            fail(f"{flag} is given twice (several values stand behind one flag)")
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        try:
-            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        except Exception as problem:                          # a broken !!int or !!timestamp is no YAMLError
-            fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
-        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
-            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
-        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
-    return cls(**vars(parser.parse_args(argv)))
+    if argv and argv[0].endswith(".yaml"):
+        settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
+        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+    return parser.parse_args_into_dataclasses(argv)[0]
 
 
 def check_numbers(args):
@@ -185,89 +174,53 @@ def row_problem(row, fields):
     return '"chosen" and "rejected" are the same text' if same else None
 
 
-def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
-    """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
-
-    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
-              split "test" is read for a "test_*" file, "train" for our other files, and any other split by its name
-    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
-    """
-    path = Path(data) / f"{split}.jsonl"
-    if os.path.isfile(path):                      # not path.is_file(): it raises on a name that is too long
-        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
-    elif os.path.exists(data) or str(data).count("/") != 1:
-        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
-    else:
-        import datasets
+def read_rows(data, split, *fields):
+    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields."""
+    path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
+    if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
+        fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
+    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(data, split=hub_split))
+    for i, row in enumerate(rows):
         try:
-            theirs = {"sft": "train", "scored": "train", "pairs": "train", "rl": "train"}.get(split, split)
-            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test_") else theirs)
-        except Exception as problem:
-            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
-    rows, skipped = [], 0
-    for number, line in enumerate(lines, 1):
-        if isinstance(line, bytes) and not line.strip():
-            continue
-        try:
-            row = json.loads(line) if isinstance(line, bytes) else line
-            json.dumps(row, ensure_ascii=False, default=str).encode()          # half a character (\\ud800) is no text
-            problem = row_problem(row, fields) or also(row)
-        except (ValueError, OverflowError, RecursionError) as error:
-            problem = f"invalid JSON ({error})"
-        if problem and bad_rows == "error":
-            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
-        skipped += bool(problem)
-        rows += [] if problem else [row]
-    if skipped:
-        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
-    return rows or fail(f"{path}: no usable row")
+            rows[i] = json.loads(row) if isinstance(row, str) else row
+            if any(x in (None, []) or x != x or not str(x).strip() for x in map(rows[i].__getitem__, fields)):
+                raise ValueError("empty or NaN")
+        except (ValueError, KeyError, AttributeError) as problem:
+            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
+    return rows
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
-
-    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
-    A control token spelled out in a message ("<|im_end|>", typed by a user or left in scraped text) would end the turn.
-    It stays text, as in encode_response: a mark breaks it until the template's own control tokens are found.
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern, mark = "|".join(map(re.escape, sorted(control, reverse=True))) or "(?!)", "\ufdd0"    # never a character
-    broken = [message | {key: re.sub(pattern, lambda found: found[0][0] + mark + found[0][1:], message[key])
-                         for key in ("role", "content")} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(broken, add_generation_prompt=True, tokenize=False)
-        if not text.strip():
-            raise ValueError("it writes nothing")
-        if broken == messages:
-            return tokenizer(text, add_special_tokens=False).input_ids
-        plain = {"add_special_tokens": False, "split_special_tokens": True}
-        return [i for part in re.split(f"({pattern})", text) for i in
-                ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
-    except Exception as problem:                              # the template's own raise_exception, or a fault in it
-        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({problem})")
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where it
+    belongs. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it
+    text."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
+    for message in messages:
+        for token in tokenizer.all_special_tokens:
+            message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode_response(tokenizer, response):
-    """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
+    """Token ids of an answer, ended as the chat template ends it. A control token in its text stays text."""
     ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [tokenizer.eos_token_id]
+    return [*ids, end_of_answer(tokenizer)]
 
 
-def collate(sequences, pad_id, device):
-    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+def collate(sequences, pad_id):
+    """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
 
-    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
-    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
-    """
-    longest = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
+    and the model would never stop. No attention mask is needed: padding is on the right, where no token sees
+    it. """
+    lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
+    ids = torch.full((len(sequences), int(lengths.max())), pad_id)
+    is_response = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, response) in enumerate(sequences):
-        ids[row, :len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-    start = torch.tensor([[len(prompt)] for prompt, _ in sequences])                               # (B, 1)
-    end = start + torch.tensor([[len(response)] for _, response in sequences])                     # (B, 1)
-    position = torch.arange(longest)                                                               # (T,)
-    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+        ids[row, :lengths[row]] = torch.tensor([*prompt, *response])
+        is_response[row, len(prompt):lengths[row]] = True
+    return ids, is_response, lengths
 
 
 def with_tau(prompt, sequence, pool, k, max_length, rng):
@@ -364,28 +317,29 @@ def last_token(is_response):
 
 
 def response_scores(q, is_response):
-    """One number per response from its token values: Table 8's mean and percentiles, and the last token's value.
-
-    q (B, T) float, is_response (B, T) bool. Returns {aggregate: (B,) float}.
-    """
-    nan = torch.where(is_response, q.float(), torch.nan)                                           # (B, T)
-    scores = {"mean": nan.nanmean(-1), "last": torch.where(last_token(is_response), q.float(), 0.0).sum(-1)}
-    return scores | {f"p{k}": nan.nanquantile(k / 100, dim=-1) for k in (1, 5, 10, 90, 95, 99)}
+    """One number per answer from its token values: Table 8's mean and percentiles, and the last value.
+    q (B, L) float, is_response (B, L) bool. Returns {aggregate: (B,) float}."""
+    values = torch.where(is_response, q.float(), torch.nan)                              # (B, L)
+    last = torch.where(is_last_token(is_response), q.float(), 0.0).sum(-1)
+    scores = {"mean": values.nanmean(-1), "last": last}
+    return scores | {f"p{k}": values.nanquantile(k / 100, dim=-1) for k in (1, 5, 10, 90, 95, 99)}
 
 
 @torch.no_grad()
 def lambda_return(q, reward, is_value, gamma, td_lambda):
-    """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}), and 0 past the last token.
+    """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}); 0 past the last
+    token.
 
-    lambda = 0 is the one-step target of section 3.2, G_t = r_t + gamma * Q(tau, s_{t+1}, a_{t+1}). lambda = 1 is the
-    Monte Carlo return, G_t = gamma^(T-t) * r(x, y). In between: Sutton and Barto (2018), chapter 12.
-    q, reward (B, T) float; is_value (B, T) bool, contiguous in each row. Returns (B, T) float, 0 off the mask.
+    lambda = 0 is the one-step target of section 3.2, lambda = 1 the Monte Carlo return gamma^(T-t) * r(x, y);
+    in
+    between: Sutton and Barto (2018), chapter 12.                             # DEVIATION 1: lambda
+    q, reward (B, L) float; is_value (B, L) bool, contiguous in each row. Returns (B, L), 0 off the mask.
     """
     target = torch.zeros_like(q)
-    q_next = g_next = torch.zeros_like(q[:, 0])                                                    # (B,)
+    q_next = g_next = torch.zeros_like(q[:, 0])                                          # (B,)
     for t in reversed(range(q.shape[1])):
         g = reward[:, t] + gamma * ((1 - td_lambda) * q_next + td_lambda * g_next)
-        # `where`, not a product with the mask: whatever stands off the mask (a NaN too) must not leak in.
+        # NaN * 0 is NaN: select with where, never multiply by a mask.
         g_next = torch.where(is_value[:, t], g, 0.0)
         q_next = torch.where(is_value[:, t], q[:, t], 0.0)
         target[:, t] = g_next
@@ -393,12 +347,10 @@ def lambda_return(q, reward, is_value, gamma, td_lambda):
 
 
 def value_positions(is_response):
-    """The response tokens and the last prompt token: (B, T) bool -> (B, T) bool.
-
-    At the last prompt token the model has seen s_1 = x and no action yet. With r = 0 and the target of every other
-    position it learns gamma * V(s_1), the baseline that `--advantage gae` needs (V(s_1) itself, with the paper's
-    gamma = 1).                                                                                     # DEVIATION 3
-    """
+    """The response tokens and the last prompt token: (B, L) bool -> (B, L) bool. There the model has seen s_1
+    = x and no action; with r = 0 and the target of all other positions it learns gamma * V(s_1), the baseline
+    that
+    train_dvpo.py --advantage gae needs.                                              # DEVIATION 3: V(s_1)"""
     return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
 
 
@@ -473,25 +425,13 @@ LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float
 
 
 def token_logp(model, ids, is_response):
-    """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
-
-    The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
-    positions that predict a response token meet the output layer. If they are many, float32 exists for a chunk of them
-    at a time: in the backward pass it is computed again.
-    """
-    # No attention mask: rows are padded on the right, and no token sees what is behind it. GPUs are faster without.
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                    # (B, T, H)
-    # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
-    logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
-    token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
-
-    def logp_of(logits, token):
-        return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
-
-    chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
-    parts = list(zip(logits.split(chunk), token.split(chunk)))
-    logp = [checkpoint(logp_of, *part, use_reentrant=False) if len(parts) > 1 else logp_of(*part) for part in parts]
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, torch.cat(logp))
+    """log pi(a_t | s_t) of the response tokens, each in its own column: (B, L) float, 0 off the mask."""
+    assert not is_response[:, 0].any(), "a row begins with its answer: nothing predicts the first token"
+    predicts_response = is_response[:, 1:]                                     # the logits at t-1 predict t
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][predicts_response]     # (N, V)
+    token = ids[is_response]                                                             # (N,)
+    logp = logits.float().log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)         # (N,)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
 
 
 class TokenLogp(torch.nn.Module):
@@ -662,12 +602,13 @@ def load(auto_class, name, kind=None, **kwargs):
                 f"missing, or more than it wants") if missing else model
 
 
-def load_tokenizer(folder):
-    """The tokenizer of a model that takes part in a chat, with a pad token."""
-    tokenizer = load(AutoTokenizer, folder)
+def load_tokenizer(name, template=None):
+    """The tokenizer of a model, with a pad token, and with this chat template if it has none."""
+    if not Path(name).is_dir() and name.count("/") != 1:
+        fail(f"{name}: no such folder. Has the stage before this one been run?")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if tokenizer.chat_template is None:
-        fail(f"{folder}: the tokenizer has no chat template, so the model cannot be asked a question")
     return tokenizer
 
 

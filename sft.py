@@ -3,14 +3,15 @@
     python sft.py                                                     # Atlas, on a laptop
     accelerate launch sft.py recipes/paper_llama3.2_3b_base.yaml      # the paper's settings (Appendix C)
 
-Section 4.2: "We fine-tune a base model to obtain an SFT model." Appendix C: "We calculate the loss only for the
-target tokens rather than the full input sequence."
+Section 4.2: "We fine-tune a base model to obtain an SFT model." Appendix C: "We calculate the loss only for
+the target tokens rather than the full input sequence."
 
-Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding up to the batch's width L.
+Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding up to the batch's width
+L.
 
     ids             x1    x2     y1     y2     END    pad
-    is_response     .     .      1      1      1      .     the target tokens: END too, or the model never stops
-    logp            .     .      *      *      *      .     log pi(y_t | x, y_{<t}), of the logits one column earlier
+    is_response     .     .      1      1      1      .     the target: END too, or the model never stops
+    logp            .     .      *      *      *      .     log pi(y_t | x, y_{<t}): logits one column earlier
 
 Sections 1 to 4 are the method; section 6 is the same text in every script, and can wait.
 """
@@ -39,10 +40,10 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 MAX_GRAD_NORM = 1.0                                           # gradient clipping (ours)
-# For base models that have no chat template. It is saved with the model, so that later stages write prompts alike.
+# For base models without a chat template. It is saved with the model: all stages write prompts alike.
 PLAIN_TEMPLATE = ("{{ bos_token or '' }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-                  "Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}{{ m['role'] | capitalize }}: "
-                  "{{ m['content'] }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
+                  "Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}{{ m['role'] | capitalize }}: {{ m["
+                  "'content'] }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}")
 
 
 # ---- 1. Arguments: "paper" is Appendix C, "ours" is chosen for Atlas on a laptop ----
@@ -93,8 +94,9 @@ def load_tokenizer(name, template=None):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a string is one user turn; or chat messages. The template writes BOS where the model
-    wants one. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where it
+    belongs. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it
+    text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
     for message in messages:
         for token in tokenizer.all_special_tokens:
@@ -119,11 +121,11 @@ def encode_response(tokenizer, response):
 
 
 def collate(sequences, pad_id):
-    """[(prompt ids, response ids)] -> right-padded ids (B, L) long, is_response (B, L) bool, lengths (B,) long.
+    """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
 
-    The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide every EOS from the loss,
-    and the model would never stop. No attention mask: padding is on the right, where no token sees it.
-    """
+    The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
+    and the model would never stop. No attention mask is needed: padding is on the right, where no token sees
+    it. """
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_id)
     is_response = torch.zeros(ids.shape, dtype=torch.bool)
@@ -134,8 +136,9 @@ def collate(sequences, pad_id):
 
 
 def row_order(n, batch_size, epochs, seed):
-    """The rows of each update: (updates, batch_size) row numbers, in another random order in every epoch, whose
-    incomplete last batch is left out. Every process computes the same order and takes its own part of each batch."""
+    """The rows of each update: (updates, batch_size) row numbers, every epoch in another random order,
+    without its incomplete last batch. Every process computes the same order, and takes its own part of each
+    batch."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
     return torch.cat(orders).view(-1, batch_size)
@@ -160,7 +163,8 @@ def sft_loss(logp, is_response, denominator=None):
     Returns a scalar.
     """
     assert logp.shape == is_response.shape and is_response.dtype == torch.bool
-    return -torch.where(is_response, logp, 0.0).sum() / (is_response.sum() if denominator is None else denominator)
+    nll = torch.where(is_response, -logp, 0.0)
+    return nll.sum() / (is_response.sum() if denominator is None else denominator)
 
 
 # ---- 4. Training ----
@@ -168,8 +172,9 @@ def main(args):
     accelerator, micro_size = start_accelerator(args, args.batch_size)
     tokenizer = load_tokenizer(args.model, PLAIN_TEMPLATE)
     rows = read_rows(args.data, "sft", "prompt", "response")
-    data = [(encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["response"])) for row in rows]
-    data = [(prompt, response) for prompt, response in data if len(prompt) + len(response) <= args.max_length]
+    data = [(encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["response"]))
+            for row in rows]
+    data = [sequence for sequence in data if sum(map(len, sequence)) <= args.max_length]
     accelerator.print(f"{len(data)} rows; {len(rows) - len(data)} longer than --max_length dropped")
     if len(data) < args.batch_size:
         fail(f"{args.data}: {len(data)} rows do not fill --batch_size {args.batch_size}")
@@ -188,18 +193,19 @@ def main(args):
     for step in progress:
         started = time.time()
         batch = updates[step - 1]
-        # The one denominator: E[.] is over the response tokens of the whole update, however it is divided. It also
-        # undoes that gradients are averaged over micro-batches and processes.
+        # The one denominator: E[.] is over the response tokens of the whole update, however it is divided. It
+        # also undoes that gradients are averaged over micro-batches and processes.
         tokens = sum(len(data[row][1]) for row in batch)
         denominator = tokens / (accelerator.gradient_accumulation_steps * accelerator.num_processes)
         loss_of_update = torch.zeros((), device=accelerator.device)
         mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
-        mine.sort(key=lambda row: len(data[row][0]) + len(data[row][1]))       # little padding
+        mine.sort(key=lambda row: sum(map(len, data[row])))                    # by length: little padding
         for start in range(0, len(mine), micro_size):
-            ids, is_response, _ = collate([data[row] for row in mine[start:start + micro_size]], tokenizer.pad_token_id)
+            micro = [data[row] for row in mine[start:start + micro_size]]
+            ids, is_response, _ = collate(micro, tokenizer.pad_token_id)       # (micro, L)
+            ids, is_response = ids.to(accelerator.device), is_response.to(accelerator.device)
             with accelerator.accumulate(model):
-                logp = token_logp(model, ids.to(accelerator.device), is_response.to(accelerator.device))   # (micro, L)
-                loss = sft_loss(logp, is_response.to(logp.device), denominator)
+                loss = sft_loss(token_logp(model, ids, is_response), is_response, denominator)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:                # the update is complete
                     grad_norm = clip_grad_norm(accelerator, model)
@@ -235,8 +241,9 @@ def parse_args(cls, argv):
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
-    """from_pretrained: safetensors only, dropout off. trained: with the head of train_gvm.py or reward_model.py;
-    else a language model, which may get a new head. transformers would load either as the other, in silence."""
+    """from_pretrained: safetensors only, dropout off. trained: with a head from train_gvm.py or
+    reward_model.py; else a language model, which may get a new head. transformers would load either as the
+    other, silently."""
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("Auto")
@@ -249,7 +256,7 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
     context = getattr(config.get_text_config(), "max_position_embeddings", length)
     if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
-    if model.can_generate():                                  # an answer ends where the template or the model says
+    if model.can_generate():                                  # where answers end: by template, by model
         own = model.generation_config.eos_token_id or []
         stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])})
         model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
@@ -257,9 +264,11 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
 
 
 def start_accelerator(args, update_size):
-    """The Accelerator, and the rows of a micro-batch: update_size rows have to divide over processes and those."""
-    accelerator = Accelerator(log_with=None if args.log_with == "none" else args.log_with, project_dir=args.output)
-    unset_hf_deepspeed_config()                               # models are loaded whole, and divided afterwards
+    """The Accelerator, and the rows of a micro-batch: update_size is divided over processes and
+    micro-batches."""
+    tracker = None if args.log_with == "none" else args.log_with
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output)
+    unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
     accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
     if rest or accelerator.distributed_type == DistributedType.FSDP:

@@ -3,16 +3,16 @@
     python train_dvpo.py                                                  # Atlas, on a laptop
     accelerate launch train_dvpo.py --advantage q --whiten false          # section 3.3 to the letter
 
-Section 3.3, Eq. (2): clipped PPO whose advantages are read from the frozen global value model: no reward model, no
-critic. Section 3.3 takes A = Q (--advantage q). The default subtracts V(s) as a baseline, as section 3.4.1 does;
-accumulating with GAE is our addition (docs/deviations.md).
+Section 3.3, Eq. (2): clipped PPO whose advantages are read from the frozen global value model. There is no
+reward model and no critic. Section 3.3 takes A = Q (--advantage q). The default subtracts V(s) as a baseline,
+as section 3.4.1 does; accumulating with GAE is our addition (docs/deviations.md).
 
-Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding up to the batch's width L.
+Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
 What belongs to a token stands in the token's column; B rows make tensors of shape (B, L).
 
     ids             x1    x2     y1     y2     END    pad
     is_response     .     .      1      1      1      .     written by the policy: the loss is about these
-    logp            .     .      *      *      *      .     log pi(a_t | s_t), of the logits one column earlier
+    logp            .     .      *      *      *      .     log pi(a_t | s_t): logits of one column earlier
     q               .     V(s1)  Q1     Q2     Q3     .     Q_t = Q(tau, s_t, a_t): state and action are seen
     shift_right(q)  .     .      V(s1)  V(s2)  V(s3)  .     one column earlier, only the state: gamma * V(s_t)
 
@@ -110,8 +110,9 @@ def load_tokenizer(name, template=None):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a string is one user turn; or chat messages. The template writes BOS where the model
-    wants one. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where it
+    belongs. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it
+    text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
     for message in messages:
         for token in tokenizer.all_special_tokens:
@@ -130,11 +131,11 @@ def end_of_answer(tokenizer):
 
 
 def collate(sequences, pad_id):
-    """[(prompt ids, response ids)] -> right-padded ids (B, L) long, is_response (B, L) bool, lengths (B,) long.
+    """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
 
-    The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide every EOS from the loss,
-    and the model would never stop. No attention mask: padding is on the right, where no token sees it.
-    """
+    The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
+    and the model would never stop. No attention mask is needed: padding is on the right, where no token sees
+    it. """
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_id)
     is_response = torch.zeros(ids.shape, dtype=torch.bool)
@@ -149,9 +150,8 @@ def draw_tau(prompt, sequence, pool, k, max_length, rng):
 
     prompt, sequence  the row's own prompt, about which tau must be silent; its (prompt ids, response ids)
     pool              [(prompt, (prompt ids, response ids)), ...] of the same policy
-    Returns the ids of up to k question-answer pairs, and their number: tau ends before the pair that would make
-    the row longer than max_length tokens.
-    """
+    Returns the ids of up to k question-answer pairs, and the number of pairs: tau ends before the pair with
+    which the row would be longer than max_length tokens. """
     tau, pairs, room = [], 0, max_length - len(sequence[0]) - len(sequence[1])
     for question, (prompt_ids, response_ids) in rng.sample(pool, min(len(pool), 4 * k)):
         if pairs == k or len(tau) + len(prompt_ids) + len(response_ids) > room:
@@ -218,8 +218,9 @@ def advantage_released(q, reward_kl, is_response, gamma, gae_lambda):
 
 
 def whiten(x, mask, accelerator):
-    """(x - mean) / standard deviation over the True positions of all processes; 0 off the mask. Then the scale of
-    rewards does not matter, and A = Q has a baseline, its mean. (B, L).           # DEVIATION 6: whitening"""
+    """(x - mean) / standard deviation over the True positions of all processes; 0 off the mask. (B, L). Then
+    the
+    scale of rewards does not matter, and A = Q has a baseline: its mean.          # DEVIATION 6: whitening"""
     count = accelerator.reduce(mask.sum())
     mean = accelerator.reduce(torch.where(mask, x, 0.0).sum()) / count
     centred = torch.where(mask, x - mean, 0.0)
@@ -323,8 +324,9 @@ def ppo_update(accelerator, policy, optimizer, batch, lengths, micro_size, args)
     Returns {metric: float} over all processes (docs/metrics.md).
     """
     tokens = accelerator.reduce(batch[1].sum())               # response tokens of the whole batch
-    # The one denominator. E[.] is over the tokens of the batch: a token weighs the same in every mini-batch. It
-    # also undoes that gradients are averaged over micro-batches and processes.           # DEVIATION 9: E[.]
+    # The one denominator. E[.] is over the batch's tokens: a token weighs the same in every mini-batch. It
+    # also
+    # undoes that gradients are averaged over micro-batches and processes.                # DEVIATION 9: E[.]
     parts = args.batch_size // args.mini_batch_size * accelerator.gradient_accumulation_steps
     denominator = tokens / (parts * accelerator.num_processes)
     history, errors, norms = [], [], []                       # of each epoch, micro-batch, mini-batch
@@ -423,8 +425,9 @@ def main(args):
             advantage = whiten(advantage, is_response, accelerator)
         value = torch.where(is_last_token(is_response), q, 0.0).sum(-1)        # (B,): of the whole answer,
         value = value * gvm_args["reward_std"] + gvm_args["reward_mean"]       # on the scale of the scores
-        per_answer = {"value": value, "kl": (logp_old - logp_ref).sum(-1), "response_length": is_response.sum(-1),
-                      "entropy": -logp_old.sum(-1) / is_response.sum(-1)}
+        response_length = is_response.sum(-1)
+        per_answer = {"value": value, "kl": (logp_old - logp_ref).sum(-1), "response_length": response_length,
+                      "entropy": -logp_old.sum(-1) / response_length}
         per_answer = {name: x.tolist() for name, x in per_answer.items()}
         clock.append(time.time())
 
@@ -468,8 +471,9 @@ def parse_args(cls, argv):
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
-    """from_pretrained: safetensors only, dropout off. trained: with the head of train_gvm.py or reward_model.py;
-    else a language model, which may get a new head. transformers would load either as the other, in silence."""
+    """from_pretrained: safetensors only, dropout off. trained: with a head from train_gvm.py or
+    reward_model.py; else a language model, which may get a new head. transformers would load either as the
+    other, silently."""
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("Auto")
@@ -482,7 +486,7 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
     context = getattr(config.get_text_config(), "max_position_embeddings", length)
     if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
-    if model.can_generate():                                  # an answer ends where the template or the model says
+    if model.can_generate():                                  # where answers end: by template, by model
         own = model.generation_config.eos_token_id or []
         stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])})
         model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
@@ -490,9 +494,11 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
 
 
 def start_accelerator(args, update_size):
-    """The Accelerator, and the rows of a micro-batch: update_size rows have to divide over processes and those."""
-    accelerator = Accelerator(log_with=None if args.log_with == "none" else args.log_with, project_dir=args.output)
-    unset_hf_deepspeed_config()                               # models are loaded whole, and divided afterwards
+    """The Accelerator, and the rows of a micro-batch: update_size is divided over processes and
+    micro-batches."""
+    tracker = None if args.log_with == "none" else args.log_with
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output)
+    unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
     accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
     if rest or accelerator.distributed_type == DistributedType.FSDP:

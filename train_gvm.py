@@ -1,19 +1,20 @@
-"""Stage 2: pretrain the global value model (GVM), Q_phi(tau, s, a), offline, by temporal differences. Then freeze it.
+"""Stage 2: pretrain the global value model (GVM), Q_phi(tau, s, a), offline, by temporal differences.
 
-    python train_gvm.py                                                   # Atlas, on a laptop
-    accelerate launch train_gvm.py --supervision pairs --tau_pairs 1      # from preferences, policy-conditioned
+    python train_gvm.py                                               # Atlas, on a laptop
+    accelerate launch train_gvm.py --supervision pairs --tau_pairs 1  # from preferences, policy-conditioned
 
-Section 3.2, Eq. (1): the GVM learns the return-to-go of every prefix of every answer in fixed preference data. It is a
-language model with one number per token instead of a vocabulary: a stock AutoModelForTokenClassification.
+Section 3.2, Eq. (1): the GVM learns the return-to-go of every prefix of every answer in fixed preference
+data, and is then frozen. It is a language model with one number per token instead of a vocabulary: a stock
+AutoModelForTokenClassification.
 
-Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding up to the batch's width L.
-What belongs to a token stands in the token's column; B rows make tensors of shape (B, L). tau, if there is one,
-stands in front of the prompt.
+Alignment. A prompt of two tokens (tau in front of it, if there is one), an answer of T = 3 tokens (END
+included), padding to the batch's width L. What belongs to a token stands in its column; B rows make tensors
+of shape (B, L).
 
     ids             x1    x2     y1     y2     END    pad
     is_response     .     .      1      1      1      .     written by the behaviour policy
     is_value        .     1      1      1      1      .     where a value is learned
-    q               .     V(s1)  Q1     Q2     Q3     .     read *at* the token a_t: s_t = [x, y^{<t}] and a_t are seen
+    q               .     V(s1)  Q1     Q2     Q3     .     read *at* a_t: s_t = [x, y^{<t}] and a_t are seen
     reward          .     0      0      0      r      .     r(x, y) at the last token, 0 before (section 3.1)
 
 The authors' released code reads one column earlier, V(s_t): there the action is not seen yet.
@@ -58,12 +59,12 @@ MAX_GRAD_NORM = 1.0                                           # gradient clippin
 @dataclass
 class Args:
     model: str = HfArg(default="runs/atlas/sft", help="where the GVM starts: the SFT checkpoint (paper)")
-    data: str = HfArg(default="runs/atlas/data", help="data folder with scored.jsonl or pairs.jsonl, or hub data set")
+    data: str = HfArg(default="runs/atlas/data", help="folder with scored.jsonl or pairs.jsonl, or hub name")
     output: str = HfArg(default="runs/atlas/gvm", help="run folder to write")
     overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
-    supervision: Literal["scores", "pairs"] = HfArg(default="scores", help="scalar rewards; or pairs, +1/-1 (App. G)")
+    supervision: Literal["scores", "pairs"] = HfArg(default="scores", help="rewards, or pairs: +1/-1 (G)")
     gamma: float = HfArg(default=1.0, help="discount factor (paper: 1)")
-    td_lambda: float = HfArg(default=0.95, help="0: Eq. (1)'s one-step target, 1: Monte Carlo (released code: 0.95)")
+    td_lambda: float = HfArg(default=0.95, help="0: Eq. (1)'s target, 1: Monte Carlo (released: 0.95)")
     tau_pairs: int = HfArg(default=0, help="K question-answer pairs that show the policy (released code: 0)")
     max_length: int = HfArg(default=256, help="longer rows (tokens) are dropped and counted (paper: 1024)")
     lr: float = HfArg(default=1e-3, help="peak learning rate (paper: 2e-6)")
@@ -106,8 +107,9 @@ def load_tokenizer(name, template=None):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a string is one user turn; or chat messages. The template writes BOS where the model
-    wants one. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where it
+    belongs. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it
+    text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
     for message in messages:
         for token in tokenizer.all_special_tokens:
@@ -142,8 +144,8 @@ class Trajectory(NamedTuple):
 def read_trajectories(args, tokenizer, split, supervision):
     """data/split.jsonl -> [Trajectory, ...], without rows longer than max_length.
 
-    supervision  "scores": the rows' rewards as they are; "pairs": +1 for chosen, -1 for rejected (Appendix G), the
-                 two of a pair next to each other
+    supervision  "scores": the rows' own rewards; "pairs": +1 for chosen, -1 for rejected (Appendix G), the two
+                 of a pair next to each other
     """
     if supervision == "scores":
         sides = [("response", "policy", None)]                                 # None: the row's own reward
@@ -162,7 +164,8 @@ def read_trajectories(args, tokenizer, split, supervision):
             fail(f"{args.data}, {split}, row {number}: chosen and rejected are the same")
         if all(len(prompt) + len(answer.sequence[1]) <= args.max_length for answer in answers):
             kept += answers
-    print(f"{split}: {len(rows)} rows, {len(rows) - len(kept) // len(sides)} longer than --max_length dropped")
+    dropped = len(rows) - len(kept) // len(sides)
+    print(f"{split}: {len(rows)} rows; {dropped} longer than --max_length dropped")
     return kept
 
 
@@ -171,9 +174,8 @@ def draw_tau(prompt, sequence, pool, k, max_length, rng):
 
     prompt, sequence  the row's own prompt, about which tau must be silent; its (prompt ids, response ids)
     pool              [(prompt, (prompt ids, response ids)), ...] of the same policy
-    Returns the ids of up to k question-answer pairs, and their number: tau ends before the pair that would make
-    the row longer than max_length tokens.
-    """
+    Returns the ids of up to k question-answer pairs, and the number of pairs: tau ends before the pair with
+    which the row would be longer than max_length tokens. """
     tau, pairs, room = [], 0, max_length - len(sequence[0]) - len(sequence[1])
     for question, (prompt_ids, response_ids) in rng.sample(pool, min(len(pool), 4 * k)):
         if pairs == k or len(tau) + len(prompt_ids) + len(response_ids) > room:
@@ -192,8 +194,8 @@ def pool_by_policy(data):
 
 
 def with_taus(rows, data, pools, args, step):
-    """The sequences of these rows of data with tau in front, and the mean number of pairs in a tau. What is drawn
-    depends on seed, step and row only, not on how the batch is divided."""
+    """The sequences of these rows of data with tau in front, and the mean number of pairs in a tau. What is
+    drawn depends on seed, step and row only, not on how the batch is divided."""
     sequences, pairs = [], 0
     for row in rows:
         prompt, (prompt_ids, response_ids), _, policy = data[row]
@@ -205,11 +207,11 @@ def with_taus(rows, data, pools, args, step):
 
 
 def collate(sequences, pad_id):
-    """[(prompt ids, response ids)] -> right-padded ids (B, L) long, is_response (B, L) bool, lengths (B,) long.
+    """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
 
-    The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide every EOS from the loss,
-    and the model would never stop. No attention mask: padding is on the right, where no token sees it.
-    """
+    The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
+    and the model would never stop. No attention mask is needed: padding is on the right, where no token sees
+    it. """
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_id)
     is_response = torch.zeros(ids.shape, dtype=torch.bool)
@@ -220,8 +222,9 @@ def collate(sequences, pad_id):
 
 
 def row_order(n, batch_size, epochs, seed):
-    """The rows of each update: (updates, batch_size) row numbers, in another random order in every epoch, whose
-    incomplete last batch is left out. Every process computes the same order and takes its own part of each batch."""
+    """The rows of each update: (updates, batch_size) row numbers, every epoch in another random order,
+    without its incomplete last batch. Every process computes the same order, and takes its own part of each
+    batch."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
     return torch.cat(orders).view(-1, batch_size)
@@ -234,9 +237,10 @@ def is_last_token(is_response):
 
 
 def value_positions(is_response):
-    """The response tokens and the last prompt token: (B, L) bool -> (B, L) bool. There the model has seen s_1 = x and
-    no action; with r = 0 and the target of every other position it learns gamma * V(s_1), the baseline that
-    train_dvpo.py --advantage gae needs.                                                 # DEVIATION 3: V(s_1)"""
+    """The response tokens and the last prompt token: (B, L) bool -> (B, L) bool. There the model has seen s_1
+    = x and no action; with r = 0 and the target of all other positions it learns gamma * V(s_1), the baseline
+    that
+    train_dvpo.py --advantage gae needs.                                              # DEVIATION 3: V(s_1)"""
     return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
 
 
@@ -247,7 +251,7 @@ def td_loss(q, reward, is_value, gamma, td_lambda, denominator=None):
     reward       (B, L) float  r_t: r(x, y) at the last response token, 0 elsewhere
     is_value     (B, L) bool   the response tokens, and the last prompt token for V(s_1)
     denominator  divides the sum over tokens; None: the number of value positions here, for E[.] as their mean
-    Returns a scalar. No gradient goes through the target.                               # DEVIATION 2: semi-gradient
+    Returns a scalar. No gradient goes through the target.                    # DEVIATION 2: semi-gradient
     """
     assert q.shape == reward.shape == is_value.shape and is_value.dtype == torch.bool
     target = lambda_return(q, reward, is_value, gamma, td_lambda)
@@ -257,11 +261,13 @@ def td_loss(q, reward, is_value, gamma, td_lambda, denominator=None):
 
 @torch.no_grad()
 def lambda_return(q, reward, is_value, gamma, td_lambda):
-    """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}), and 0 past the last token.
+    """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}); 0 past the last
+    token.
 
-    lambda = 0 is the one-step target of section 3.2, lambda = 1 the Monte Carlo return G_t = gamma^(T-t) * r(x, y);
-    in between: Sutton and Barto (2018), chapter 12.                                     # DEVIATION 1: lambda
-    q, reward (B, L) float; is_value (B, L) bool, contiguous in each row. Returns (B, L) float, 0 off the mask.
+    lambda = 0 is the one-step target of section 3.2, lambda = 1 the Monte Carlo return gamma^(T-t) * r(x, y);
+    in
+    between: Sutton and Barto (2018), chapter 12.                             # DEVIATION 1: lambda
+    q, reward (B, L) float; is_value (B, L) bool, contiguous in each row. Returns (B, L), 0 off the mask.
     """
     target = torch.zeros_like(q)
     q_next = g_next = torch.zeros_like(q[:, 0])                                          # (B,)
@@ -276,15 +282,16 @@ def lambda_return(q, reward, is_value, gamma, td_lambda):
 
 # ---- 4. Measuring: held-out pair accuracy ----
 def response_scores(q, is_response):
-    """One number per answer from its token values: Table 8's mean and percentiles, and the last token's value.
+    """One number per answer from its token values: Table 8's mean and percentiles, and the last value.
     q (B, L) float, is_response (B, L) bool. Returns {aggregate: (B,) float}."""
     values = torch.where(is_response, q.float(), torch.nan)                              # (B, L)
-    scores = {"mean": values.nanmean(-1), "last": torch.where(is_last_token(is_response), q.float(), 0.0).sum(-1)}
+    last = torch.where(is_last_token(is_response), q.float(), 0.0).sum(-1)
+    scores = {"mean": values.nanmean(-1), "last": last}
     return scores | {f"p{k}": values.nanquantile(k / 100, dim=-1) for k in (1, 5, 10, 90, 95, 99)}
 
 
 def pair_accuracy(chosen, rejected):
-    """Share of pairs in which the better answer has the higher score; a tie counts half. (N,) and (N,) -> float."""
+    """Share of pairs whose better answer has the higher score; a tie counts half. (N,) and (N,) -> float."""
     return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
@@ -295,12 +302,12 @@ def evaluate(accelerator, model, held_out, args, micro_size, pad_id):
     sequences, _ = with_taus(range(len(held_out)), held_out, pool_by_policy(held_out), args, 0)
     order = torch.tensor([len(prompt) + len(response) for prompt, response in sequences]).argsort()
     parts = []
-    for rows in order.split(micro_size):                      # every process reads all rows: ZeRO-3 needs them to
+    for rows in order.split(micro_size):                      # on all processes alike, as ZeRO-3 needs
         ids, is_response, _ = collate([sequences[row] for row in rows], pad_id)
         q = model(input_ids=ids.to(accelerator.device), use_cache=False).logits.squeeze(-1)        # (rows, L)
         parts.append(response_scores(q.cpu(), is_response))
     scores = {name: torch.cat([part[name] for part in parts])[order.argsort()] for name in parts[0]}
-    return {f"pair_accuracy/{name}": pair_accuracy(score[0::2], score[1::2]) for name, score in scores.items()}
+    return {f"pair_accuracy/{name}": pair_accuracy(x[0::2], x[1::2]) for name, x in scores.items()}
 
 
 # ---- 5. Training ----
@@ -313,7 +320,7 @@ def main(args):
         fail(f"{args.data}: {len(data)} answers do not fill --batch_size {args.batch_size}")
     rewards = torch.tensor([answer.reward for answer in data], dtype=torch.float64)
     mean, std = 0.0, 1.0
-    if args.supervision == "scores":       # learn in units of their deviation; both are saved      # DEVIATION 7: scale
+    if args.supervision == "scores":       # learned in units of their deviation      # DEVIATION 7: scale
         mean, std = rewards.mean().item(), rewards.std(correction=0).item()
     if not (std > 0 and math.isfinite(std)):
         fail(f"{args.data}: the rewards' deviation is {std}: nothing to learn")
@@ -343,22 +350,22 @@ def main(args):
     for step in progress:
         started = time.time()
         batch = updates[step - 1]
-        # The one denominator: E[.] is over the value positions of the whole update (one more than response tokens).
-        # It also undoes that gradients are averaged over micro-batches and processes.
+        # The one denominator. E[.] is over the value positions of the update: response tokens, and one more a
+        # row. It also undoes that gradients are averaged over micro-batches and processes.
         positions = sum(len(data[row].sequence[1]) + 1 for row in batch)
         denominator = positions / (accelerator.gradient_accumulation_steps * accelerator.num_processes)
         loss_of_update = torch.zeros((), device=accelerator.device)
         mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
-        mine.sort(key=lambda row: len(data[row].sequence[0]) + len(data[row].sequence[1]))        # little padding
+        mine.sort(key=lambda row: sum(map(len, data[row].sequence)))           # by length: little padding
         for start in range(0, len(mine), micro_size):
             micro = mine[start:start + micro_size]
             sequences, pairs = with_taus(micro, data, pools, args, step)
             ids, is_response, _ = collate(sequences, tokenizer.pad_token_id)
-            is_value, reward = value_positions(is_response), torch.zeros(ids.shape)                # (micro, L)
+            is_value, reward = value_positions(is_response), torch.zeros(ids.shape)      # (micro, L)
             reward[is_last_token(is_response)] = rewards[micro]
             ids, is_value, reward = [x.to(accelerator.device) for x in (ids, is_value, reward)]
             with accelerator.accumulate(model):
-                q = model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()               # (micro, L)
+                q = model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()     # (micro, L)
                 loss = td_loss(q, reward, is_value, args.gamma, args.td_lambda, denominator)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:                # the update is complete
@@ -372,7 +379,7 @@ def main(args):
         progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
         if step == len(updates) and held_out:
             record |= evaluate(accelerator, model.eval(), held_out, args, micro_size, tokenizer.pad_token_id)
-            accelerator.print(f"held-out pair accuracy, by the last value: {record['pair_accuracy/last']:.3f}")
+            accelerator.print(f"held-out pair accuracy by the last value: {record['pair_accuracy/last']:.3f}")
         log_step(accelerator, output, record)
         if args.save_steps and step % args.save_steps == 0:
             save_checkpoint(accelerator, output, step)
@@ -399,8 +406,9 @@ def parse_args(cls, argv):
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
-    """from_pretrained: safetensors only, dropout off. trained: with the head of train_gvm.py or reward_model.py;
-    else a language model, which may get a new head. transformers would load either as the other, in silence."""
+    """from_pretrained: safetensors only, dropout off. trained: with a head from train_gvm.py or
+    reward_model.py; else a language model, which may get a new head. transformers would load either as the
+    other, silently."""
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("Auto")
@@ -413,7 +421,7 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
     context = getattr(config.get_text_config(), "max_position_embeddings", length)
     if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
-    if model.can_generate():                                  # an answer ends where the template or the model says
+    if model.can_generate():                                  # where answers end: by template, by model
         own = model.generation_config.eos_token_id or []
         stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])})
         model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
@@ -421,9 +429,11 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
 
 
 def start_accelerator(args, update_size):
-    """The Accelerator, and the rows of a micro-batch: update_size rows have to divide over processes and those."""
-    accelerator = Accelerator(log_with=None if args.log_with == "none" else args.log_with, project_dir=args.output)
-    unset_hf_deepspeed_config()                               # models are loaded whole, and divided afterwards
+    """The Accelerator, and the rows of a micro-batch: update_size is divided over processes and
+    micro-batches."""
+    tracker = None if args.log_with == "none" else args.log_with
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output)
+    unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
     accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
     if rest or accelerator.distributed_type == DistributedType.FSDP:

@@ -76,20 +76,19 @@ def same_tokens(row, tokenizer):
     return '"chosen" and "rejected" are the same tokens' if chosen == rejected else None
 
 
-def collate(sequences, pad_id, device):
-    """[(prompt ids, response ids)] -> right-padded ids (B, T) long, is_token (B, T) bool, is_response (B, T) bool.
+def collate(sequences, pad_id):
+    """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
 
-    The masks come from the lengths, never from the ids: where pad and EOS are the same token, a mask made by
-    `ids != pad` would hide every EOS from the loss, and the model would never learn to stop.
-    """
-    longest = max(len(prompt) + len(response) for prompt, response in sequences)
-    ids = torch.full((len(sequences), longest), pad_id)                                            # (B, T)
+    The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
+    and the model would never stop. No attention mask is needed: padding is on the right, where no token sees
+    it. """
+    lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
+    ids = torch.full((len(sequences), int(lengths.max())), pad_id)
+    is_response = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, response) in enumerate(sequences):
-        ids[row, :len(prompt) + len(response)] = torch.tensor([*prompt, *response])
-    start = torch.tensor([[len(prompt)] for prompt, _ in sequences])                               # (B, 1)
-    end = start + torch.tensor([[len(response)] for _, response in sequences])                     # (B, 1)
-    position = torch.arange(longest)                                                               # (T,)
-    return ids.to(device), (position < end).to(device), ((start <= position) & (position < end)).to(device)
+        ids[row, :lengths[row]] = torch.tensor([*prompt, *response])
+        is_response[row, len(prompt):lengths[row]] = True
+    return ids, is_response, lengths
 
 
 def update_order(n, batch_size, epochs, seed):
@@ -138,25 +137,13 @@ LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float
 
 
 def token_logp(model, ids, is_response):
-    """log pi(a_t | s_t) of the response tokens, each at the token's own position: (B, T) float, 0 off the mask.
-
-    The logits of the whole batch in float32, (B, T, V), would be the largest tensor of the step by far. Here only the
-    positions that predict a response token meet the output layer. If they are many, float32 exists for a chunk of them
-    at a time: in the backward pass it is computed again.
-    """
-    # No attention mask: rows are padded on the right, and no token sees what is behind it. GPUs are faster without.
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state                    # (B, T, H)
-    # The hidden state at t-1 predicts the token at t: [:, :-1] of the states goes with [:, 1:] of mask and ids.
-    logits = model.get_output_embeddings()(hidden[:, :-1][is_response[:, 1:]])                     # (N, V)
-    token = ids[:, 1:][is_response[:, 1:]]                                                         # (N,)
-
-    def logp_of(logits, token):
-        return logits.float().gather(-1, token[:, None]).squeeze(-1) - logits.float().logsumexp(-1)
-
-    chunk = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
-    parts = list(zip(logits.split(chunk), token.split(chunk)))
-    logp = [checkpoint(logp_of, *part, use_reentrant=False) if len(parts) > 1 else logp_of(*part) for part in parts]
-    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, torch.cat(logp))
+    """log pi(a_t | s_t) of the response tokens, each in its own column: (B, L) float, 0 off the mask."""
+    assert not is_response[:, 0].any(), "a row begins with its answer: nothing predicts the first token"
+    predicts_response = is_response[:, 1:]                                     # the logits at t-1 predict t
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1][predicts_response]     # (N, V)
+    token = ids[is_response]                                                             # (N,)
+    logp = logits.float().log_softmax(-1).gather(-1, token[:, None]).squeeze(-1)         # (N,)
+    return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
 
 
 class TokenLogp(torch.nn.Module):
@@ -285,29 +272,18 @@ def accumulation_steps(args, processes):
 
 # ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----
 def fail(message):
-    """Ends the program with one clear line and exit status 1. For what the user can mend; bugs keep their traceback."""
-    raise SystemExit(f"error: {' '.join(message.splitlines())}")
+    """Ends the program with one clear line: for what a user can fix. Bugs keep their traceback."""
+    raise SystemExit(f"error: {message}")
 
 
 def parse_args(cls, argv):
-    """Command line -> dataclass. `script.py recipe.yaml --lr 1e-5`: the recipe's section that is named like the script
-    (sft, train_gvm, ...) gives the settings, the flags after it win. What is unknown ends the program."""
+    """`script.py recipe.yaml --lr 1e-5`: the recipe's section named like the script; flags after it win."""
     parser = HfArgumentParser(cls, allow_abbrev=False)
     parser.error = lambda message: fail(f"{message} (--help lists all flags)")
-    flags = [word.partition("=")[0] for word in argv if word.startswith("--")]
-    for flag in flags:
-        if flags.count(flag) > 1:
-            fail(f"{flag} is given twice (several values stand behind one flag)")
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        recipe, section = Path(argv[0]), Path(sys.argv[0]).stem
-        try:
-            settings = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None
-        except Exception as problem:                          # a broken !!int or !!timestamp is no YAMLError
-            fail(f"{recipe}: not a recipe in YAML ({' '.join(str(problem).split())})")
-        if not isinstance(settings, dict) or not isinstance(settings.get(section), dict):
-            fail(f"{recipe}: no such recipe, or no section {section!r} in it")
-        argv = [word for key, value in settings[section].items() for word in (f"--{key}", str(value))] + argv[1:]
-    return cls(**vars(parser.parse_args(argv)))
+    if argv and argv[0].endswith(".yaml"):
+        settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
+        argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
+    return parser.parse_args_into_dataclasses(argv)[0]
 
 
 def check_numbers(args):
@@ -342,95 +318,57 @@ def row_problem(row, fields):
     return '"chosen" and "rejected" are the same text' if same else None
 
 
-def read_rows(data, split, fields, bad_rows="error", also=lambda row: None):
-    """The rows of data/split.jsonl, each checked by row_problem, then by `also`. Returns a list of dicts, never empty.
-
-    data      a folder (README.md, "Data"), or a hub data set ORG/NAME that has these columns; of a hub data set the
-              split "test" is read for a "test_*" file, "train" for our other files, and any other split by its name
-    bad_rows  "error": the first bad row ends the program, naming file, line and fault; "skip": dropped and counted
-    """
-    path = Path(data) / f"{split}.jsonl"
-    if os.path.isfile(path):                      # not path.is_file(): it raises on a name that is too long
-        lines = path.read_bytes().split(b"\n")    # not splitlines(): text may hold U+2028, which is no end of line
-    elif os.path.exists(data) or str(data).count("/") != 1:
-        fail(f"{path}: no such file (python atlas.py world, or prepare_data.py, writes data folders)")
-    else:
-        import datasets
+def read_rows(data, split, *fields):
+    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields."""
+    path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
+    if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
+        fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
+    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(data, split=hub_split))
+    for i, row in enumerate(rows):
         try:
-            theirs = {"sft": "train", "scored": "train", "pairs": "train", "rl": "train"}.get(split, split)
-            lines = datasets.load_dataset(str(data), split="test" if split.startswith("test_") else theirs)
-        except Exception as problem:
-            fail(f"{data}: neither a data folder here nor a readable hub data set ({str(problem).splitlines()[0]})")
-    rows, skipped = [], 0
-    for number, line in enumerate(lines, 1):
-        if isinstance(line, bytes) and not line.strip():
-            continue
-        try:
-            row = json.loads(line) if isinstance(line, bytes) else line
-            json.dumps(row, ensure_ascii=False, default=str).encode()          # half a character (\\ud800) is no text
-            problem = row_problem(row, fields) or also(row)
-        except (ValueError, OverflowError, RecursionError) as error:
-            problem = f"invalid JSON ({error})"
-        if problem and bad_rows == "error":
-            fail(f"{path}:{number}: {problem}. Mend the row, or pass --bad_rows skip")
-        skipped += bool(problem)
-        rows += [] if problem else [row]
-    if skipped:
-        print(f"{path}: skipped {skipped} bad rows of {skipped + len(rows)}")
-    return rows or fail(f"{path}: no usable row")
+            rows[i] = json.loads(row) if isinstance(row, str) else row
+            if any(x in (None, []) or x != x or not str(x).strip() for x in map(rows[i].__getitem__, fields)):
+                raise ValueError("empty or NaN")
+        except (ValueError, KeyError, AttributeError) as problem:
+            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
+    return rows
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt (a string is one user turn; or a list of chat messages), ready for the answer to begin.
-
-    The chat template writes BOS itself where the model wants one: tokenising its text again would double it.
-    A control token spelled out in a message ("<|im_end|>", typed by a user or left in scraped text) would end the turn.
-    It stays text, as in encode_response: a mark breaks it until the template's own control tokens are found.
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    control = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    pattern, mark = "|".join(map(re.escape, sorted(control, reverse=True))) or "(?!)", "\ufdd0"    # never a character
-    broken = [message | {key: re.sub(pattern, lambda found: found[0][0] + mark + found[0][1:], message[key])
-                         for key in ("role", "content")} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(broken, add_generation_prompt=True, tokenize=False)
-        if not text.strip():
-            raise ValueError("it writes nothing")
-        if broken == messages:
-            return tokenizer(text, add_special_tokens=False).input_ids
-        plain = {"add_special_tokens": False, "split_special_tokens": True}
-        return [i for part in re.split(f"({pattern})", text) for i in
-                ([control[part]] if part in control else tokenizer(part.replace(mark, ""), **plain).input_ids)]
-    except Exception as problem:                              # the template's own raise_exception, or a fault in it
-        fail(f"{tokenizer.name_or_path}: its chat template cannot write the prompt {str(prompt)[:80]!r} ({problem})")
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where it
+    belongs. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it
+    text."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
+    for message in messages:
+        for token in tokenizer.all_special_tokens:
+            message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def encode_response(tokenizer, response):
-    """Token ids y^1..y^T of a response. y^T is EOS: to stop is an action too, and has to be learned."""
+    """Token ids of an answer, ended as the chat template ends it. A control token in its text stays text."""
     ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
-    return ids + [tokenizer.eos_token_id]
+    return [*ids, end_of_answer(tokenizer)]
 
 
-def start_accelerator(args, accumulation_steps):
-    """The Accelerator, with what an engine has to know of this script."""
-    # cuDNN's attention, which torch prefers on an H100, gives NaN gradients in some cases (pytorch issue 196678), and
-    # prepares a plan for every new length of a row. Writing a large checkpoint may take longer than NCCL's 10 minutes.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    kwargs = [DistributedDataParallelKwargs(gradient_as_bucket_view=True),     # else DDP holds the gradients twice
-              InitProcessGroupKwargs(timeout=timedelta(hours=2))]
-    accelerator = Accelerator(kwargs_handlers=kwargs, **tracker(args))
-    unset_hf_deepspeed_config()            # models are loaded whole: ZeRO-3 divides them once their heads are made
-    if accelerator.mixed_precision == "fp16":
-        fail("--mixed_precision fp16: not supported, since gradients underflow. Use bf16, or no")
-    accelerator.gradient_accumulation_steps = accumulation_steps(args, accelerator.num_processes)
-    if accelerator.is_fsdp2 and accelerator.mixed_precision == "bf16":         # log-probabilities have to stay float32
-        plugin = accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+def start_accelerator(args, update_size):
+    """The Accelerator, and the rows of a micro-batch: update_size is divided over processes and
+    micro-batches."""
+    tracker = None if args.log_with == "none" else args.log_with
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output)
+    unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
+    micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
+    accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
+    if rest or accelerator.distributed_type == DistributedType.FSDP:
+        fail(f"{update_size} rows an update do not divide into {accelerator.num_processes} processes x "
+             f"--micro_batch_size {micro_size}; or this is FSDP: use DDP or ZeRO")
+    accelerator.gradient_accumulation_steps = accumulation
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        accelerator.deepspeed_plugin.deepspeed_config.update(
-            gradient_accumulation_steps=accelerator.gradient_accumulation_steps, gradient_clipping=args.max_grad_norm,
-            train_micro_batch_size_per_gpu=args.micro_batch_size)
-    return accelerator
+        accelerator.deepspeed_plugin.deepspeed_config |= {
+            "gradient_accumulation_steps": accumulation, "gradient_clipping": MAX_GRAD_NORM,
+            "train_micro_batch_size_per_gpu": micro_size}
+    return accelerator, micro_size
 
 
 def is_zero3(accelerator):
@@ -439,48 +377,23 @@ def is_zero3(accelerator):
 
 
 @contextmanager
-def gathered(accelerator, model, part=""):
-    """The plain model (or a part of it, by name), whole on every process, to generate or to evaluate with. ZeRO-3 and
-    FSDP2 gather the weights once here, instead of layer by layer for each token, and the processes need not take
-    equally many steps."""
-    plain = accelerator.unwrap_model(model).get_submodule(part)
-    if is_zero3(accelerator):
-        import deepspeed
-        zero = model.optimizer.parameter_offload
-        with deepspeed.zero.GatheredParameters(list(plain.parameters())):
-            for hook in zero.forward_hooks + zero.backward_hooks:              # they would divide the layers again
-                hook.remove()
-            zero.forward_hooks, zero.backward_hooks = [], []
-            try:
-                yield plain
-            finally:
-                zero._register_deepspeed_module(zero.module)
-    elif accelerator.is_fsdp2:
-        from torch.distributed.fsdp import FSDPModule
-        root = accelerator.unwrap_model(model)                # has the weights that are in no layer
-        root._get_fsdp_state()._lazy_init()                   # else the first layer that runs takes itself for the root
-        root.set_reshard_after_forward(False)
-        parts = [root, *(module for module in plain.modules() if isinstance(module, FSDPModule))]
-        for module in parts:
-            module.unshard()
-        try:
-            yield plain
-        finally:
-            root.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward)
-            for module in parts:
-                module.reshard()
+def gathered(accelerator, model):
+    """The plain model, to generate with. ZeRO-3 gathers its weights once, not for each token."""
+    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
+        from deepspeed.runtime.zero import unwrap_model_for_generation
+        with unwrap_model_for_generation(model):
+            yield accelerator.unwrap_model(model)
     else:
-        yield plain
+        yield accelerator.unwrap_model(model)
 
 
-def clip_grad_norm(accelerator, parameters, max_norm):
-    """Clips the gradient; returns its norm before. DeepSpeed has clipped already, in backward(), and made the update
-    unless the norm was not finite."""
+def clip_grad_norm(accelerator, model):
+    """Clips the gradient (DeepSpeed has). Returns its norm before; one that is not finite ends the run."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        engine = accelerator.deepspeed_engine_wrapped.engine
-        return math.inf if engine.optimizer.overflow else float(engine.get_global_grad_norm())
-    norm = accelerator.clip_grad_norm_(parameters, max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2: every process has a part
+        norm = float(accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm())
+    else:
+        norm = float(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
+    return norm if math.isfinite(norm) else fail(f"gradient norm {norm}: lower --lr, or --resume")
 
 
 def checkpoint_layers(model, on):
@@ -535,56 +448,20 @@ def tracker(args):
 
 
 def start_run(accelerator, args):
-    """Makes the run folder and writes args.json. What is in the folder already is only replaced with --overwrite, and
-    only if it is a run, and none of this run's own inputs; with --resume it has to be this very run, unfinished."""
-    output, inputs = Path(args.output), ("model", "gvm", "reward_model", "data")
-    free = ("output", "overwrite", "resume", "save_steps", "log_with")          # may differ when a run is resumed
+    """Makes the run folder and writes args.json. A run that is there stays, unless --overwrite is given."""
+    output = Path(args.output)
     if accelerator.is_main_process:
-        folder = output.resolve()                             # --output may be a link
-        replaced = folder.with_name(f".{folder.name}.replaced")
-        if os.path.exists(output) and not output.is_dir():
-            fail(f"{output}: is a file. Choose another --output")
-        for name in inputs:
-            if hasattr(args, name) and Path(getattr(args, name)).resolve().is_relative_to(folder):
-                fail(f"{output}: holds --{name} {getattr(args, name)}, which this run reads. Choose another --output")
-        if os.path.exists(output) and any(output.iterdir()):
-            if not (args.overwrite or args.resume):
-                fail(f"{output}: holds another run. Choose another --output, or pass --resume or --overwrite")
-            if not (output / "args.json").is_file():
-                fail(f"{output}: is not a run folder (no args.json), so it is neither resumed nor deleted")
-            if args.resume:
-                try:
-                    was = dict(json.loads((output / "args.json").read_text()))
-                except (ValueError, TypeError, RecursionError) as problem:
-                    fail(f"{output / 'args.json'}: not the settings of a run ({problem}). Choose another --output")
-                states = len(list(checkpoints(output)[-1].glob("random_states_*"))) if checkpoints(output) else 0
-                if states not in (0, accelerator.num_processes):
-                    fail(f"{output}: its checkpoints are of {states} processes. Resume it with as many")
-                changed = [f"--{name} {was.get(name)}" for name, value in asdict(args).items()
-                           if name not in free and was.get(name) != value]
-                if changed or any(output.glob("*.safetensors")):
-                    fail(f"{output}: " + (f"was started with {changed[0]}" if changed else "is finished") +
-                         ", so there is nothing to resume. Choose another --output")
-            else:
-                print(f"{output}: replacing the run that was here")
-                shutil.rmtree(replaced, ignore_errors=True)
-                with writing(output):
-                    folder.rename(replaced)                   # and only deleted when this run has begun
-        failed = f"{output} cannot be written"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            failed = f"--log_with {args.log_with} does not start"               # wandb: not logged in, no network, ...
-            accelerator.init_trackers("dvpo_logs", asdict(args), {"wandb": {"dir": str(output), "name": str(output)}})
-            failed = f"{output} cannot be written"
-            (output / "args.json.part").write_text(json.dumps(asdict(args), indent=2) + "\n")
-            (output / "args.json.part").replace(output / "args.json")
-        except Exception as problem:
-            if os.path.exists(replaced) and not args.resume:
-                shutil.rmtree(folder, ignore_errors=True)
-                replaced.rename(folder)
-            fail(f"{failed}: {(str(problem) or repr(problem)).splitlines()[0]}")
-        shutil.rmtree(replaced, ignore_errors=True)
+        inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
+        if output.resolve() in [Path(value).resolve() for value in inputs]:
+            fail(f"{output}: is an input of this run. Choose another --output")
+        if output.exists() and any(output.iterdir()) and not args.resume:
+            if not (args.overwrite and (output / "args.json").is_file()):
+                fail(f"{output}: is in use. Choose another --output, or pass --resume or --overwrite")
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     accelerator.wait_for_everyone()
+    accelerator.init_trackers("dvpo_logs", asdict(args))
     return output
 
 
@@ -606,18 +483,14 @@ def checkpoints(output):
 
 
 def save_checkpoint(accelerator, output, step):
-    """Everything that the rest of the run depends on: weights, optimizer, every process's random numbers. (Which rows
-    come next is a function of seed and step, and so is a learning rate.) The newest two are kept."""
-    unfinished = output / "checkpoints" / f".step_{step}"
-    with writing(unfinished):
-        accelerator.save_state(str(unfinished))                                # every process takes part
+    """Weights and optimizer, written under another name and then renamed. The newest two are kept."""
+    unfinished = output / "checkpoints" / "unfinished"
+    accelerator.save_state(str(unfinished))                   # every process takes part
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        with writing(unfinished):
-            unfinished.rename(unfinished.with_name(f"step_{step}"))
-        for old in checkpoints(output)[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+        unfinished.rename(unfinished.with_name(f"step_{step:08d}"))
+        for old in sorted(output.glob("checkpoints/step_*"))[:-2]:
+            shutil.rmtree(old)
 
 
 STOP_SIGNALS = []                                             # when they came
@@ -648,40 +521,15 @@ def save_if_due(accelerator, output, step, last, save_steps):
 
 
 def load_checkpoint(accelerator, output):
-    """Takes up the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0, and the
-    seconds that the run had taken, which only the main process knows."""
-    newest, seconds = checkpoints(output)[-1:], 0.0
+    """Loads the newest checkpoint, if there is one, and cuts the logs back to it. Returns its step, or 0."""
+    newest = sorted(output.glob("checkpoints/step_*"))[-1:]
     step = int(newest[0].name.removeprefix("step_")) if newest else 0
     if newest:
-        try:
-            accelerator.load_state(str(newest[0]))
-            # It passes over random numbers that it cannot read, or set, without a word.
-            saved = load_safely(newest[0] / f"random_states_{accelerator.process_index}.pkl")
-            ours = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-            if not all(map(torch.equal, ours, [saved["torch_manual_seed"], *saved.get("torch_cuda_manual_seed", [])])):
-                raise ValueError("its random numbers were not taken up")
-        except Exception as problem:                          # a file is missing, cut off, or of another run; a pickle
-            reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-            fail(f"{newest[0]}: no whole checkpoint of this run ({reason}). Remove it: --resume takes the one before")
-    if accelerator.is_main_process:
-        for half in output.glob("checkpoints/.step_*"):       # what a kill, or a full disk, has left
-            shutil.rmtree(half)
-        for log in (output / name for name in ("metrics.jsonl", "rollouts.jsonl") if (output / name).exists()):
-            kept = []
-            for number, line in enumerate(log.read_bytes().split(b"\n")[:-1], 1):  # what was cut off is no line
-                try:
-                    record = json.loads(line)
-                    if record.get("step", record.get("update")) <= step:
-                        kept.append(line + b"\n")
-                        seconds = float(record.get("seconds", seconds))
-                except Exception as problem:
-                    fail(f"{log}:{number}: not a line of a run's log ({problem}). Remove the line, then --resume again")
-            unfinished = log.with_name(log.name + ".part")
-            unfinished.write_bytes(b"".join(kept))
-            unfinished.replace(log)
-        print(f"{output}: from step {step} on" if step else f"{output}: from the beginning")
-    accelerator.wait_for_everyone()
-    return step, seconds
+        accelerator.load_state(str(newest[0]))
+    for log in output.glob("*.jsonl") if accelerator.is_main_process else ():
+        lines = log.read_text().split("\n")[:-1]              # the last line may be half written
+        log.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step))
+    return step
 
 
 def write_lines(path, records):
@@ -712,24 +560,13 @@ def model_card(accelerator, model, output, about, numbers):
             f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
 
 
-def save_run(accelerator, model, tokenizer, output, about, numbers, part=""):
-    """Saves model, tokenizer and model card. The weights are moved in last: a folder with weights is a whole run.
-
-    model  as prepared: only so can its weights be gathered from all processes
-    part   name of the submodule that is saved; the model itself without it
-    """
-    state, saving = accelerator.get_state_dict(model), Path(output) / ".saving"       # every process takes part
+def save_run(accelerator, model, state, tokenizer, output, about):
+    """Saves the weights (state: gathered from all processes), the tokenizer and a short model card."""
     if accelerator.is_main_process:
-        model, prefix = accelerator.unwrap_model(model).get_submodule(part), part and part + "."
-        state = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
-        state = {name: state[name] for name in state if name not in model.all_tied_weights_keys}
-        with writing(output):
-            model.save_pretrained(saving, state_dict=state)
-            tokenizer.save_pretrained(saving)
-            (saving / "README.md").write_text(model_card(accelerator, model, output, about, numbers), encoding="utf-8")
-            for file in sorted(saving.iterdir(), key=lambda file: "safetensors" in file.name):
-                os.replace(file, Path(output) / file.name)
-            saving.rmdir()
+        card = f"---\nlibrary_name: transformers\ntags: [dvpo]\n---\n{about}\n\n    {' '.join(sys.argv)}\n"
+        (output / "README.md").write_text(card)
+        tokenizer.save_pretrained(output)
+        accelerator.unwrap_model(model).save_pretrained(output, state_dict=state)
     accelerator.wait_for_everyone()
 
 
