@@ -183,7 +183,8 @@ def read_rows(data, split, *fields):
     for i, row in enumerate(rows):
         try:
             rows[i] = json.loads(row) if isinstance(row, str) else row
-            if any(x in (None, []) or x != x or not str(x).strip() for x in map(rows[i].__getitem__, fields)):
+            values = [rows[i][field] for field in fields]
+            if any(x in (None, []) or x != x or not str(x).strip() for x in values):
                 raise ValueError("empty or NaN")
         except (ValueError, KeyError, AttributeError) as problem:
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
@@ -191,9 +192,8 @@ def read_rows(data, split, *fields):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where it
-    belongs. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it
-    text."""
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
+    A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
     for message in messages:
         for token in tokenizer.all_special_tokens:
@@ -212,8 +212,8 @@ def collate(sequences, pad_id):
     """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
 
     The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
-    and the model would never stop. No attention mask is needed: padding is on the right, where no token sees
-    it. """
+    and the model would never stop. No attention mask: padding is on the right, where no token sees it.
+    """
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_id)
     is_response = torch.zeros(ids.shape, dtype=torch.bool)

@@ -92,7 +92,8 @@ def read_rows(data, split, *fields):
     for i, row in enumerate(rows):
         try:
             rows[i] = json.loads(row) if isinstance(row, str) else row
-            if any(x in (None, []) or x != x or not str(x).strip() for x in map(rows[i].__getitem__, fields)):
+            values = [rows[i][field] for field in fields]
+            if any(x in (None, []) or x != x or not str(x).strip() for x in values):
                 raise ValueError("empty or NaN")
         except (ValueError, KeyError, AttributeError) as problem:
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
@@ -110,9 +111,8 @@ def load_tokenizer(name, template=None):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where it
-    belongs. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it
-    text."""
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
+    A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
     for message in messages:
         for token in tokenizer.all_special_tokens:
@@ -134,8 +134,8 @@ def collate(sequences, pad_id):
     """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
 
     The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
-    and the model would never stop. No attention mask is needed: padding is on the right, where no token sees
-    it. """
+    and the model would never stop. No attention mask: padding is on the right, where no token sees it.
+    """
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_id)
     is_response = torch.zeros(ids.shape, dtype=torch.bool)
@@ -150,8 +150,9 @@ def draw_tau(prompt, sequence, pool, k, max_length, rng):
 
     prompt, sequence  the row's own prompt, about which tau must be silent; its (prompt ids, response ids)
     pool              [(prompt, (prompt ids, response ids)), ...] of the same policy
-    Returns the ids of up to k question-answer pairs, and the number of pairs: tau ends before the pair with
-    which the row would be longer than max_length tokens. """
+    Returns the ids of up to k question-answer pairs, and their number: tau ends before a pair with which the
+    row would be longer than max_length tokens.
+    """
     tau, pairs, room = [], 0, max_length - len(sequence[0]) - len(sequence[1])
     for question, (prompt_ids, response_ids) in rng.sample(pool, min(len(pool), 4 * k)):
         if pairs == k or len(tau) + len(prompt_ids) + len(response_ids) > room:
@@ -218,9 +219,8 @@ def advantage_released(q, reward_kl, is_response, gamma, gae_lambda):
 
 
 def whiten(x, mask, accelerator):
-    """(x - mean) / standard deviation over the True positions of all processes; 0 off the mask. (B, L). Then
-    the
-    scale of rewards does not matter, and A = Q has a baseline: its mean.          # DEVIATION 6: whitening"""
+    """(x - mean) / standard deviation over the True positions of all processes; (B, L), 0 off the mask. Then
+    the rewards' scale does not matter, and A = Q has a baseline: its mean.     # DEVIATION 6: whitening"""
     count = accelerator.reduce(mask.sum())
     mean = accelerator.reduce(torch.where(mask, x, 0.0).sum()) / count
     centred = torch.where(mask, x - mean, 0.0)
@@ -324,9 +324,8 @@ def ppo_update(accelerator, policy, optimizer, batch, lengths, micro_size, args)
     Returns {metric: float} over all processes (docs/metrics.md).
     """
     tokens = accelerator.reduce(batch[1].sum())               # response tokens of the whole batch
-    # The one denominator. E[.] is over the batch's tokens: a token weighs the same in every mini-batch. It
-    # also
-    # undoes that gradients are averaged over micro-batches and processes.                # DEVIATION 9: E[.]
+    # The one denominator. E[.] is over the batch's tokens, whichever mini-batch they fall into. Gradients are
+    # averaged over micro-batches and processes: that is undone here.                     # DEVIATION 9: E[.]
     parts = args.batch_size // args.mini_batch_size * accelerator.gradient_accumulation_steps
     denominator = tokens / (parts * accelerator.num_processes)
     history, errors, norms = [], [], []                       # of each epoch, micro-batch, mini-batch
@@ -365,9 +364,8 @@ def main(args):
     accelerator, micro_size = start_accelerator(args, args.mini_batch_size)
     if args.batch_size % args.mini_batch_size:
         fail(f"--batch_size {args.batch_size} is not a multiple of --mini_batch_size {args.mini_batch_size}")
-    tokenizer, gvm_tokenizer = load_tokenizer(args.model), load_tokenizer(args.gvm)
-    if (tokenizer.get_vocab() != gvm_tokenizer.get_vocab()
-            or tokenizer.chat_template != gvm_tokenizer.chat_template):
+    tokenizer, other = load_tokenizer(args.model), load_tokenizer(args.gvm)
+    if (other.get_vocab(), other.chat_template) != (tokenizer.get_vocab(), tokenizer.chat_template):
         fail(f"{args.gvm}: another tokenizer or chat template than {args.model}. Train it from this model")
     rows = read_rows(args.data, "rl", "prompt")
     data = [(row["prompt"], encode_prompt(tokenizer, row["prompt"])) for row in rows]
@@ -425,10 +423,8 @@ def main(args):
             advantage = whiten(advantage, is_response, accelerator)
         value = torch.where(is_last_token(is_response), q, 0.0).sum(-1)        # (B,): of the whole answer,
         value = value * gvm_args["reward_std"] + gvm_args["reward_mean"]       # on the scale of the scores
-        response_length = is_response.sum(-1)
-        per_answer = {"value": value, "kl": (logp_old - logp_ref).sum(-1), "response_length": response_length,
-                      "entropy": -logp_old.sum(-1) / response_length}
-        per_answer = {name: x.tolist() for name, x in per_answer.items()}
+        entropy = -logp_old.sum(-1) / is_response.sum(-1)
+        per_answer = torch.stack([value, (logp_old - logp_ref).sum(-1), entropy]).tolist()
         clock.append(time.time())
 
         # 4. Eq. (2): epochs of mini-batches
@@ -439,11 +435,13 @@ def main(args):
         clock.append(time.time())
 
         # 5. Log and checkpoint
-        per_answer |= {"prompt": questions, "eos_rate": [response[-1] in stop_ids for response in responses],
-                       "response": tokenizer.batch_decode(responses, skip_special_tokens=True)}
-        rollouts = gather_object([dict(zip(per_answer, row)) for row in zip(*per_answer.values())])
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        rollouts = gather_object([
+            {"step": step, "prompt": prompt, "response": text, "value": value, "kl": kl, "entropy": entropy,
+             "response_length": len(ids), "eos_rate": float(ids[-1] in stop_ids)}
+            for prompt, text, ids, value, kl, entropy in zip(questions, texts, responses, *per_answer)])
         for name in ("value", "kl", "entropy", "response_length", "eos_rate"):
-            metrics[name] = sum(row[name] for row in rollouts) / args.batch_size
+            metrics[name] = sum(row[name] for row in rollouts) / len(rollouts)
         for part, began, ended in zip(("generate", "score", "update"), clock, clock[1:]):
             metrics[f"seconds_{part}"] = ended - began
         log_step(accelerator, output, {"step": step} | metrics, rollouts)

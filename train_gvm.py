@@ -89,7 +89,8 @@ def read_rows(data, split, *fields):
     for i, row in enumerate(rows):
         try:
             rows[i] = json.loads(row) if isinstance(row, str) else row
-            if any(x in (None, []) or x != x or not str(x).strip() for x in map(rows[i].__getitem__, fields)):
+            values = [rows[i][field] for field in fields]
+            if any(x in (None, []) or x != x or not str(x).strip() for x in values):
                 raise ValueError("empty or NaN")
         except (ValueError, KeyError, AttributeError) as problem:
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
@@ -107,9 +108,8 @@ def load_tokenizer(name, template=None):
 
 
 def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where it
-    belongs. A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it
-    text."""
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
+    A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
     for message in messages:
         for token in tokenizer.all_special_tokens:
@@ -144,22 +144,20 @@ class Trajectory(NamedTuple):
 def read_trajectories(args, tokenizer, split, supervision):
     """data/split.jsonl -> [Trajectory, ...], without rows longer than max_length.
 
-    supervision  "scores": the rows' own rewards; "pairs": +1 for chosen, -1 for rejected (Appendix G), the two
-                 of a pair next to each other
+    supervision  "scores": the rows' own rewards; "pairs": +1 for chosen, -1 for rejected (Appendix G), the
+                 two next to each other
     """
-    if supervision == "scores":
-        sides = [("response", "policy", None)]                                 # None: the row's own reward
-    else:
-        sides = [("chosen", "policy_chosen", 1.0), ("rejected", "policy_rejected", -1.0)]
-    fields = ["prompt", *[side for side, _, _ in sides], *["reward"] * (supervision == "scores")]
-    rows = read_rows(args.data, split, *fields, *[policy for _, policy, _ in sides if args.tau_pairs])
+    policies = {"response": "policy", "chosen": "policy_chosen", "rejected": "policy_rejected"}
+    sides = ["response"] if supervision == "scores" else ["chosen", "rejected"]
+    fields = [*sides, *[policies[side] for side in sides if args.tau_pairs], *["reward"] * (len(sides) == 1)]
+    rows = read_rows(args.data, split, "prompt", *fields)
     kept = []
     for number, row in enumerate(rows, 1):
         prompt, answers = encode_prompt(tokenizer, row["prompt"]), []
-        for side, policy, reward in sides:
-            response = encode_response(tokenizer, row[side])
-            reward = row["reward"] if reward is None else reward
-            answers.append(Trajectory(row["prompt"], (prompt, response), reward, row.get(policy)))
+        for side, sign in zip(sides, (1.0, -1.0)):
+            reward = row["reward"] if supervision == "scores" else sign
+            sequence = prompt, encode_response(tokenizer, row[side])
+            answers.append(Trajectory(row["prompt"], sequence, reward, row.get(policies[side])))
         if len(answers) == 2 and answers[0].sequence == answers[1].sequence:
             fail(f"{args.data}, {split}, row {number}: chosen and rejected are the same")
         if all(len(prompt) + len(answer.sequence[1]) <= args.max_length for answer in answers):
@@ -174,8 +172,9 @@ def draw_tau(prompt, sequence, pool, k, max_length, rng):
 
     prompt, sequence  the row's own prompt, about which tau must be silent; its (prompt ids, response ids)
     pool              [(prompt, (prompt ids, response ids)), ...] of the same policy
-    Returns the ids of up to k question-answer pairs, and the number of pairs: tau ends before the pair with
-    which the row would be longer than max_length tokens. """
+    Returns the ids of up to k question-answer pairs, and their number: tau ends before a pair with which the
+    row would be longer than max_length tokens.
+    """
     tau, pairs, room = [], 0, max_length - len(sequence[0]) - len(sequence[1])
     for question, (prompt_ids, response_ids) in rng.sample(pool, min(len(pool), 4 * k)):
         if pairs == k or len(tau) + len(prompt_ids) + len(response_ids) > room:
@@ -210,8 +209,8 @@ def collate(sequences, pad_id):
     """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
 
     The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
-    and the model would never stop. No attention mask is needed: padding is on the right, where no token sees
-    it. """
+    and the model would never stop. No attention mask: padding is on the right, where no token sees it.
+    """
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_id)
     is_response = torch.zeros(ids.shape, dtype=torch.bool)

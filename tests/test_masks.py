@@ -1,14 +1,12 @@
 """Padding, EOS and tau: what a row's numbers may depend on, and what not."""
 import random
-from types import SimpleNamespace
+from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
-from transformers import AutoTokenizer, Gemma2Config, LlamaConfig
+from transformers import (AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, GPT2Config,
+                          LlamaConfig)
 
-import evaluate
 import sft
 import train_dvpo
 import train_gvm
@@ -16,49 +14,48 @@ import train_gvm
 SEQUENCES = [([5, 6, 7], [8, 9, 10, 1]), ([5], [11, 1]), ([5, 6, 7, 8, 9], [12, 13, 14, 15, 16, 17])]
 
 
-@pytest.fixture(scope="module")
-def config():
+def tiny(auto_class, kind="llama"):
+    """A model with a vocabulary of 32, made anew, the same one each time."""
     torch.manual_seed(0)
-    return LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                       pad_token_id=0, eos_token_id=1, bos_token_id=None, num_labels=1, initializer_range=0.5,
-                       classifier_dropout=0.0)
+    shared = {"vocab_size": 32, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "num_labels": 1,
+              "initializer_range": 0.5}
+    if kind == "gpt2":
+        config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **shared)
+    else:
+        config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, **shared)
+    return auto_class.from_config(config).eval()
 
 
-@pytest.fixture(scope="module")
-def policy(config):
-    return AutoModelForCausalLM.from_config(config).eval()
+@pytest.fixture(params=["llama", "gpt2"])
+def policy(request):
+    return tiny(AutoModelForCausalLM, request.param)
 
 
-@pytest.fixture(scope="module")
-def gvm(config):
-    return AutoModelForTokenClassification.from_config(config).eval()
+@pytest.fixture(params=["llama", "gpt2"])
+def gvm(request):
+    return tiny(AutoModelForTokenClassification, request.param)
 
 
-def test_collate():
-    ids, is_token, is_response = sft.collate(SEQUENCES, 0, "cpu")
-    assert ids.tolist()[1] == [5, 11, 1] + [0] * 8 and ids.shape == is_token.shape == is_response.shape == (3, 11)
-    for row, (prompt, response) in enumerate(SEQUENCES):
-        assert ids[row][is_token[row]].tolist() == prompt + response
-        assert ids[row][is_response[row]].tolist() == response
-
-
+# ---- batches ----
 @pytest.mark.parametrize("pad_id", [0, 1])
-def test_masks_do_not_depend_on_the_pad_token(pad_id):
+def test_collate(pad_id):
     """pad == EOS (1): a mask made from ids would drop every EOS."""
-    ids, is_token, is_response = sft.collate(SEQUENCES, pad_id, "cpu")
-    assert (ids[is_response] == 1).sum() == 2 and is_token.sum() == sum(len(p) + len(r) for p, r in SEQUENCES)
+    ids, is_response, lengths = sft.collate(SEQUENCES, pad_id)
+    assert ids.tolist()[1] == [5, 11, 1] + [pad_id] * 8 and ids.shape == is_response.shape == (3, 11)
+    for row, (prompt, response) in enumerate(SEQUENCES):
+        assert ids[row, :lengths[row]].tolist() == prompt + response
+        assert ids[row][is_response[row]].tolist() == response
+    assert (ids[is_response] == 1).sum() == 2
 
 
 @pytest.mark.parametrize("pad_id", [0, 1])
-def test_eos_is_trained(policy, pad_id):
+def test_eos_is_trained(pad_id):
     """One gradient step on the SFT loss makes EOS likelier at the end of the answers, whichever token pads."""
-    model = AutoModelForCausalLM.from_config(policy.config)
-    model.load_state_dict(policy.state_dict())
-    ids, is_token, is_response = sft.collate(SEQUENCES[:2], pad_id, "cpu")
+    model = tiny(AutoModelForCausalLM)
+    ids, is_response, _ = sft.collate(SEQUENCES[:2], pad_id)
 
     def eos_logp():
-        logp = train_dvpo.token_logp(model, ids, is_response)
-        return logp[train_gvm.last_token(is_response)].sum()
+        return sft.token_logp(model, ids, is_response)[train_gvm.is_last_token(is_response)].sum()
 
     before = eos_logp().item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -67,106 +64,85 @@ def test_eos_is_trained(policy, pad_id):
     assert eos_logp().item() > before + 0.01
 
 
-def test_a_rows_numbers_do_not_depend_on_its_batch_or_padding(policy, gvm):
-    """Alone without padding, or in a batch, padded on the right, without a mask: the same log-probabilities and values."""
-    ids, _, is_response = sft.collate(SEQUENCES, 0, "cpu")
+def test_every_row_of_an_epoch_is_read_once():
+    updates = sft.row_order(11, 4, 3, seed=5)
+    assert updates.shape == (6, 4)                             # the incomplete last batch is left out
+    epochs = updates.view(3, 8).tolist()
+    assert all(len(set(epoch)) == 8 and set(epoch) <= set(range(11)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert torch.equal(updates, sft.row_order(11, 4, 3, seed=5)) and not torch.equal(updates, sft.row_order(11, 4, 3, seed=6))
+
+
+# ---- log-probabilities and values ----
+def test_log_probabilities_do_not_depend_on_the_batch(policy):
+    """Alone without padding, or in a batch with anything in the padding: the same numbers."""
+    ids, is_response, lengths = sft.collate(SEQUENCES, 0)
+    junk = torch.where(torch.arange(ids.shape[1]) < lengths[:, None], ids, 23)
     with torch.no_grad():
-        logp = train_dvpo.token_logp(policy, ids, is_response)
-        q = gvm(input_ids=ids).logits.squeeze(-1)
+        logp, with_junk = (train_dvpo.token_logp(policy, x, is_response) for x in (ids, junk))
+        assert torch.allclose(logp, with_junk, atol=1e-5) and (logp[~is_response] == 0).all()
         for row, (prompt, response) in enumerate(SEQUENCES):
-            alone, _, tail = sft.collate([(prompt, response)], 0, "cpu")
-            assert torch.allclose(train_dvpo.token_logp(policy, alone, tail)[tail], logp[row][is_response[row]], atol=1e-5)
-            assert torch.allclose(gvm(input_ids=alone).logits.squeeze(-1)[tail], q[row][is_response[row]], atol=1e-5)
+            for t, token in enumerate(response):
+                said = policy(torch.tensor([prompt + response[:t]])).logits[0, -1].log_softmax(-1)
+                assert logp[row, len(prompt) + t].item() == pytest.approx(said[token].item(), abs=1e-4)
 
 
-def test_junk_in_the_padding_changes_nothing(policy, gvm):
-    ids, is_token, is_response = sft.collate(SEQUENCES, 0, "cpu")
-    other = torch.where(is_token, ids, 23)
-    with torch.no_grad():
-        for function in (lambda x: train_dvpo.token_logp(policy, x, is_response), lambda x: gvm(input_ids=x).logits.squeeze(-1)):
-            assert torch.allclose(function(ids)[is_response], function(other)[is_response], atol=1e-6)
-
-
-def test_token_logp_is_at_the_tokens_own_position(policy):
-    prompt, response = SEQUENCES[0]
-    ids, is_token, is_response = sft.collate([(prompt, response)], 0, "cpu")
-    with torch.no_grad():
-        logp = train_dvpo.token_logp(policy, ids, is_response)
-        assert (logp[~is_response] == 0).all()
-        for t, token in enumerate(prompt + response):
-            if t >= len(prompt):
-                seen = torch.tensor([(prompt + response)[:t]])
-                assert logp[0, t].item() == pytest.approx(policy(seen).logits[0, -1].log_softmax(-1)[token].item(),
-                                                          abs=1e-5)
-
-
-@pytest.mark.parametrize("at_once", [2 ** 26, 32 * 5, 1])
-def test_token_logp_and_its_gradient_are_those_of_the_full_logits(policy, at_once, monkeypatch):
-    """In one chunk, in chunks of five positions, position by position."""
-    monkeypatch.setattr(train_dvpo, "LOGITS_AT_ONCE", at_once)
-    ids, is_token, is_response = sft.collate(SEQUENCES, 0, "cpu")
+def test_the_gradient_of_token_logp_is_that_of_the_full_logits(policy):
+    ids, is_response, _ = sft.collate(SEQUENCES, 0)
     weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(1))
-    logits = policy(input_ids=ids, attention_mask=is_token).logits[:, :-1]
+    logits = policy(input_ids=ids).logits[:, :-1]
     full = torch.nn.functional.pad(logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1), (1, 0))
     ours = train_dvpo.token_logp(policy, ids, is_response)
-    assert torch.allclose(ours[is_response], full[is_response], atol=1e-6)
     gradients = [torch.autograd.grad((logp * weight)[is_response].sum(), list(policy.parameters())) for logp in (ours, full)]
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*gradients)) and gradients[0][0].abs().sum() > 0.1
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*gradients)) and gradients[0][0].abs().sum() > 0.1
 
 
-def test_no_float32_copy_of_all_logits(policy, monkeypatch):
-    """In a bfloat16 model float32 logits exist for a chunk at a time, forward and backward."""
-    largest = []
+def test_a_row_without_a_prompt_is_refused():
+    with pytest.raises(AssertionError, match="begins with its answer"):
+        train_dvpo.token_logp(None, torch.ones(1, 2).long(), torch.ones(1, 2).bool())
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.dtype == torch.float32 and out.shape[-1:] == (32,):
-                largest.append(out.shape.numel())
-            return out
 
-    model = AutoModelForCausalLM.from_config(policy.config, dtype=torch.bfloat16).eval()
-    monkeypatch.setattr(train_dvpo, "LOGITS_AT_ONCE", 32 * 2)
-    ids, is_token, is_response = sft.collate(SEQUENCES, 0, "cpu")
-    kept = []
-    with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        train_dvpo.token_logp(model, ids, is_response).sum().backward()
-    assert is_response.sum() > 4 and max(largest) == 32 * 2
-    assert not [x for x in kept if x.dtype == torch.float32 and x.shape[-1:] == (32,)]         # none is kept for the backward pass
+def test_values_do_not_depend_on_the_batch_and_tau_is_cut_off(gvm):
+    """With tau in front, each token's value is the one that the GVM gives when it reads [tau | prompt | response]."""
+    taus = [[20, 21], [], [22, 23, 24, 25]]
+    with torch.no_grad():
+        q = train_dvpo.token_values(gvm, SEQUENCES, taus, 0)
+        assert q.shape[1] >= 11
+        for row, (tau, (prompt, response)) in enumerate(zip(taus, SEQUENCES)):
+            alone = gvm(torch.tensor([tau + prompt + response])).logits[0, len(tau):, 0]
+            assert torch.allclose(q[row, :len(alone)], alone, atol=1e-4)
 
 
 def test_q_is_read_after_the_action(gvm):
     """Q(tau, s_t, a_t) changes with a_t, and not with a_{t+1}."""
-    def q_at(response, t):
-        ids, is_token, is_response = sft.collate([([5, 6], response)], 0, "cpu")
+    def second(response):
         with torch.no_grad():
-            values = train_dvpo.token_values(gvm, [([5, 6], response)], [([5, 6], response)], ids.shape[1], 0)
-        return values[is_response][t].item()
+            return train_dvpo.token_values(gvm, [([5, 6], response)], [[]], 0)[0, 3].item()
 
-    assert q_at([8, 9, 10], 1) != pytest.approx(q_at([8, 12, 10], 1))
-    assert q_at([8, 9, 10], 1) == pytest.approx(q_at([8, 9, 12], 1))
+    assert second([8, 9, 10]) != pytest.approx(second([8, 12, 10]), abs=1e-3)
+    assert second([8, 9, 10]) == pytest.approx(second([8, 9, 12]), abs=1e-5)
 
 
-def test_token_values_cut_tau_off(gvm):
-    """With tau in front, each token's value is the one the GVM gives when it reads [tau | prompt | response]."""
+@pytest.mark.parametrize("micro_size", [1, 2, 3])
+def test_the_scores_of_rollouts_stand_in_their_own_rows(micro_size):
+    """Rows are sorted by length and scored in parts; each number comes back to its row and column."""
+    policy, gvm = tiny(AutoModelForCausalLM), tiny(AutoModelForTokenClassification)
+    reference = tiny(AutoModelForCausalLM)
+    torch.nn.init.normal_(reference.lm_head.weight)
     taus = [[20, 21], [], [22, 23, 24, 25]]
-    behind = [(tau + prompt, response) for tau, (prompt, response) in zip(taus, SEQUENCES)]
-    ids, _, is_response = sft.collate(SEQUENCES, 0, "cpu")
+    ids, is_response, lengths, logp_old, logp_ref, q = train_dvpo.score_rollouts(
+        policy, reference, gvm, SEQUENCES, taus, micro_size, 0)
     with torch.no_grad():
-        q = train_dvpo.token_values(gvm, SEQUENCES, behind, ids.shape[1], 0)
-        assert q.shape == ids.shape
-        for row, (prompt, response) in enumerate(behind):
-            alone = gvm(torch.tensor([prompt + response])).logits[0, :, 0]
-            assert torch.allclose(q[row][is_response[row]], alone[len(prompt):], atol=1e-5)
-            last_prompt = len(SEQUENCES[row][0]) - 1
-            assert q[row, last_prompt].item() == pytest.approx(alone[len(prompt) - 1].item(), abs=1e-5)     # V(s_1)
+        for found, model in ((logp_old, policy), (logp_ref, reference)):
+            assert torch.allclose(found, train_dvpo.token_logp(model, ids, is_response), atol=1e-4)
+        for row, (tau, (prompt, response)) in enumerate(zip(taus, SEQUENCES)):
+            alone = gvm(torch.tensor([tau + prompt + response])).logits[0, len(tau):, 0]
+            assert torch.allclose(q[row, :lengths[row]], alone, atol=1e-4)
 
 
 # ---- scores of responses ----
 def test_response_scores_against_a_loop():
-    generator = torch.Generator().manual_seed(0)
-    ids, _, is_response = sft.collate(SEQUENCES, 0, "cpu")
-    q = torch.randn(ids.shape, generator=generator)
+    ids, is_response, _ = sft.collate(SEQUENCES, 0)
+    q = torch.randn(ids.shape)
     scores = train_gvm.response_scores(torch.where(is_response, q, torch.nan), is_response)
     assert list(scores) == ["mean", "last", "p1", "p5", "p10", "p90", "p95", "p99"]
     for row in range(3):
@@ -175,8 +151,7 @@ def test_response_scores_against_a_loop():
         assert scores["last"][row].item() == q[row][is_response[row]][-1].item()
         for k in (1, 5, 10, 90, 95, 99):                                      # linear between order statistics
             rank = k / 100 * (len(values) - 1)
-            low = values[int(rank)]
-            high = values[min(int(rank) + 1, len(values) - 1)]
+            low, high = values[int(rank)], values[min(int(rank) + 1, len(values) - 1)]
             assert scores[f"p{k}"][row].item() == pytest.approx(low + (rank - int(rank)) * (high - low), abs=1e-6)
 
 
@@ -184,118 +159,70 @@ def test_pair_accuracy_counts_a_tie_half():
     assert train_gvm.pair_accuracy(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, -1.0])) == 0.625
 
 
-@pytest.mark.parametrize("pad_id", [0, 1])
-def test_scores_of_responses_do_not_depend_on_the_batch(config, pad_id):
-    torch.manual_seed(0)
-    model = AutoModelForTokenClassification.from_config(config).eval()
-    together = train_gvm.score_responses(model, SEQUENCES, 3, pad_id)
-    for row, sequence in enumerate(SEQUENCES):
-        alone = train_gvm.score_responses(model, [sequence], 1, pad_id)
-        for name in together:
-            assert together[name][row].item() == pytest.approx(alone[name][0].item(), abs=1e-5)
-
-
-# ---- rollouts ----
-@pytest.mark.parametrize("how", ["padded", "continuous"])
-def test_rollout_samples_from_the_policy_whatever_its_generation_config_says(policy, how):
-    """A generation_config with top_k = 1 and a repetition penalty must not change the samples, nor be changed."""
-    class Tokenizer:
-        pad_token_id, eos_token_id = 0, 1
-
-    prompts = [[5, 6, 7]] * (4000 if how == "padded" else 1000)
-    with torch.no_grad():
-        expected = policy(torch.tensor([prompts[0]])).logits[0, -1].softmax(-1)
-    policy.generation_config.update(do_sample=True, top_k=1, repetition_penalty=5.0, temperature=0.1)
-    before = policy.generation_config.to_dict()
-    torch.manual_seed(0)
-    first = torch.tensor([row[0] for row in train_dvpo.rollout(policy, Tokenizer, prompts, 2, how)])
-    seen = torch.bincount(first, minlength=32) / len(prompts)
-    assert (seen - expected).abs().max() < 4 * (0.25 / len(prompts)) ** 0.5    # four standard deviations of a share
-    assert policy.generation_config.to_dict() == before
-
-
-@pytest.mark.parametrize("how", ["padded", "continuous"])
-@pytest.mark.parametrize("pad_id", [0, 1])
-def test_rollout_ends_at_eos_and_keeps_what_was_sampled(policy, pad_id, how):
-    class Tokenizer:
-        pad_token_id, eos_token_id = pad_id, 1
-
-    torch.manual_seed(0)
-    rows = train_dvpo.rollout(policy, Tokenizer, [[5], [5, 6, 7], [9, 8]] * 50, 12, how)
-    assert len(rows) == 150 and any(row[-1] == 1 for row in rows)
-    for row in rows:
-        assert 1 not in row[:-1] and (row[-1] == 1 or len(row) == 12)
-
-
 # ---- tau ----
+def trajectories():
+    """Row i: prompt "q{i % 5}" with id 100 + i, answer [200 + i, 1], policy a or b."""
+    return [train_gvm.Trajectory(f"q{i % 5}", ([100 + i], [200 + i, 1]), 0.0, "ab"[i % 2]) for i in range(40)]
+
+
 def test_tau_has_the_same_policy_and_another_prompt():
-    trajectories = [train_gvm.Trajectory(f"q{i % 5}", ([100 + i], [200 + i, 1]), 0.0, "ab"[i % 2]) for i in range(40)]
-    for row in range(40):
-        for seed in range(5):
-            args = train_gvm.Args(tau_pairs=2, max_length=100)
-            (prompt, response), = train_gvm.with_taus([trajectories[row]], train_gvm.pool_by_policy(trajectories), args, [seed])
-            assert response == [200 + row, 1] and prompt[-1] == 100 + row and len(prompt) == 7
-            for question, answer in ((prompt[0], prompt[1]), (prompt[3], prompt[4])):
-                other = question - 100
-                assert answer == question + 100
-                assert trajectories[other].policy == trajectories[row].policy
-                assert trajectories[other].prompt != trajectories[row].prompt
+    data, args = trajectories(), train_gvm.Args(tau_pairs=2, max_length=100)
+    pools, drawn = train_gvm.pool_by_policy(data), Counter()
+    for step in range(20):
+        sequences, pairs = train_gvm.with_taus(range(40), data, pools, args, step)
+        assert pairs == pytest.approx(2)
+        for row, (prompt, response) in enumerate(sequences):
+            assert response == [200 + row, 1] and len(prompt) == 7 and prompt[-1] == 100 + row
+            for start in (0, 3):
+                other = prompt[start] - 100
+                assert prompt[start:start + 3] == [100 + other, 200 + other, 1]
+                assert data[other].policy == data[row].policy and data[other].prompt != data[row].prompt
+                drawn[row, other] += 1
+    assert len(drawn) > 500                                    # of 40 * 16: not the same few each time
 
 
-def test_tau_is_left_out_whole_where_it_does_not_fit():
+def test_tau_does_not_depend_on_how_the_batch_is_divided():
+    data = trajectories()
+    pools, args = train_gvm.pool_by_policy(data), train_gvm.Args(tau_pairs=2, max_length=100)
+    whole, _ = train_gvm.with_taus([3, 7, 11, 4], data, pools, args, 5)
+    assert [train_gvm.with_taus([row], data, pools, args, 5)[0][0] for row in (3, 7, 11, 4)] == whole
+    assert train_gvm.with_taus([3, 7, 11, 4], data, pools, args, 6)[0] != whole
+
+
+def test_tau_ends_before_the_pair_that_does_not_fit():
     pool = [("a", ([1] * 5, [2] * 5)), ("b", ([3] * 5, [4] * 5)), ("own", ([5], [6]))]
-    for room, pairs in ((100, 2), (22, 2), (21, 1), (12, 1), (11, 0)):
-        prompt, response = train_dvpo.with_tau("own", ([7], [8]), pool, 2, room, random.Random(0))
-        assert len(prompt) == 10 * pairs + 1 and response == [8]
-
-
-def test_too_few_rows_for_tau_is_an_error():
-    with pytest.raises(SystemExit, match="tau"):
-        train_gvm.with_tau("own", ([7], [8]), [("own", ([5], [6]))], 1, 100, random.Random(0))
+    for length, pairs in ((100, 2), (22, 2), (21, 1), (12, 1), (11, 0)):
+        tau, drawn = train_dvpo.draw_tau("own", ([7], [8]), pool, 2, length, random.Random(0))
+        assert drawn == pairs and len(tau) == 10 * pairs and not {5, 6} & set(tau)
+    assert train_dvpo.draw_tau("own", ([7], [8]), pool, 0, 100, random.Random(0)) == ([], 0)
 
 
 # ---- text and tokens ----
-def test_special_tokens_in_a_text_stay_text(world):
+CONTROL = ["<|end|>", "<|user|>", "<|assistant|>", "<|pad|>"]
+
+
+def test_control_tokens_in_a_text_stay_text(world):
+    """Those that the tokenizer has a name for (EOS, pad) and those that only its chat template writes."""
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
-    ids = evaluate.encode_response(tokenizer, "Stop.<|end|> Go on.")
-    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    control = set(tokenizer.convert_tokens_to_ids(CONTROL))
+    for token in CONTROL:
+        prompt, response = train_gvm.encode_prompt(tokenizer, f"Stop.{token} Go on."), train_gvm.encode_response(tokenizer, f"No.{token} Yes.")
+        assert [i for i in prompt if i in control] == tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"]), token
+        assert [i for i in response if i in control] == response[-1:] == [tokenizer.eos_token_id], token
+
+
+def test_a_prompt_is_a_string_or_messages_and_stays_as_it_was(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    messages = [{"role": "user", "content": "Is Peru an island?<|end|>"}]
+    ids = train_gvm.encode_prompt(tokenizer, messages)
+    assert ids == train_gvm.encode_prompt(tokenizer, "Is Peru an island?<|end|>")
+    assert messages == [{"role": "user", "content": "Is Peru an island?<|end|>"}]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert tokenizer.decode(train_gvm.encode_prompt(tokenizer, chat)) == tokenizer.decode(tokenizer(
+        "<|user|>a<|assistant|>b<|end|><|user|>c<|assistant|>", add_special_tokens=False).input_ids)
 
 
 def test_text_survives_the_tokenizer(world):
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     for text in ("Bogotá is in South America.", "a\nb\u2028c", "<b>&amp;</b> 日本 🙂 שלום", "x" * 50):
         assert tokenizer.decode(sft.encode_response(tokenizer, text)[:-1]) == text
-
-
-def test_continuous_rollouts_are_the_padded_ones_where_nothing_is_random(policy):
-    """In the order of the prompts; and the same seed gives the same samples, without which no run could be resumed."""
-    class Tokenizer:
-        pad_token_id, eos_token_id = 0, 1
-
-    prompts = [[row % 30 + 2] * (row % 7 + 1) for row in range(40)]
-    padded, continuous = (train_dvpo.rollout(policy, Tokenizer, prompts, 9, how, greedy=True) for how in ("padded", "continuous"))
-    assert padded == continuous and len({tuple(row) for row in padded}) > 20
-    samples = []
-    for _ in range(2):
-        torch.manual_seed(5)
-        samples.append(train_dvpo.rollout(policy, Tokenizer, prompts, 9, "continuous"))
-    assert samples[0] == samples[1] != train_dvpo.rollout(policy, Tokenizer, prompts, 9, "continuous")
-
-
-def test_logits_that_are_not_the_output_layers_are_refused():
-    """Gemma 2 caps its logits: the output layer applied by hand would give others."""
-    config = Gemma2Config(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
-                          num_key_value_heads=2, initializer_range=2.0, final_logit_softcapping=1.0)
-    with pytest.raises(SystemExit, match="logits are not what its output layer gives"):
-        train_dvpo.TokenLogp(AutoModelForCausalLM.from_config(config).eval())
-    config.final_logit_softcapping = None
-    train_dvpo.TokenLogp(AutoModelForCausalLM.from_config(config).eval())
-
-
-@pytest.mark.parametrize("answers, error", [({"a": SimpleNamespace(generated_tokens=[5], error="out of memory")}, "out of memory"),
-                                            ({}, "some prompts have no answer")])
-def test_failed_continuous_rollouts_are_no_answers(policy, monkeypatch, answers, error):
-    """transformers returns what there was before an error, or leaves requests out."""
-    monkeypatch.setattr(type(policy), "generate_batch", lambda *rest: answers)
-    with pytest.raises(SystemExit, match=error):
-        train_dvpo.rollout(policy, SimpleNamespace(pad_token_id=0, eos_token_id=1), [[5]], 4, "continuous")
