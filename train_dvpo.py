@@ -40,7 +40,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sle
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from datasets import load_dataset
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer,
@@ -495,8 +495,10 @@ def start_accelerator(args, update_size):
     """The Accelerator, and the rows of a micro-batch: update_size is divided over processes and
     micro-batches."""
     tracker = None if args.log_with == "none" else args.log_with
-    accelerator = Accelerator(log_with=tracker, project_dir=args.output)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)          # else DDP holds gradients twice
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output, kwargs_handlers=[ddp])
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
+    torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
     accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
     if rest or accelerator.distributed_type == DistributedType.FSDP:

@@ -43,7 +43,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sle
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from datasets import load_dataset
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForTokenClassification, AutoTokenizer, GenerationConfig,
@@ -356,12 +356,12 @@ def main(args):
         loss_of_update = torch.zeros((), device=accelerator.device)
         mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
         mine.sort(key=lambda row: sum(map(len, data[row].sequence)))           # by length: little padding
+        sequences, pairs = with_taus(mine, data, pools, args, step)
         for start in range(0, len(mine), micro_size):
-            micro = mine[start:start + micro_size]
-            sequences, pairs = with_taus(micro, data, pools, args, step)
-            ids, is_response, _ = collate(sequences, tokenizer.pad_token_id)
+            micro = slice(start, start + micro_size)
+            ids, is_response, _ = collate(sequences[micro], tokenizer.pad_token_id)
             is_value, reward = value_positions(is_response), torch.zeros(ids.shape)      # (micro, L)
-            reward[is_last_token(is_response)] = rewards[micro]
+            reward[is_last_token(is_response)] = rewards[mine[micro]]
             ids, is_value, reward = [x.to(accelerator.device) for x in (ids, is_value, reward)]
             with accelerator.accumulate(model):
                 q = model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()     # (micro, L)
@@ -431,8 +431,10 @@ def start_accelerator(args, update_size):
     """The Accelerator, and the rows of a micro-batch: update_size is divided over processes and
     micro-batches."""
     tracker = None if args.log_with == "none" else args.log_with
-    accelerator = Accelerator(log_with=tracker, project_dir=args.output)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)          # else DDP holds gradients twice
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output, kwargs_handlers=[ddp])
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
+    torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
     accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
     if rest or accelerator.distributed_type == DistributedType.FSDP:
