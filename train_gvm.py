@@ -3,13 +3,11 @@
     python train_gvm.py                                               # Atlas, on a laptop
     accelerate launch train_gvm.py --supervision pairs --tau_pairs 1  # from preferences, policy-conditioned
 
-Section 3.2, Eq. (1): the GVM learns the return-to-go of every prefix of every answer in fixed preference
-data, and is then frozen. It is a language model with one number per token instead of a vocabulary: a stock
-AutoModelForTokenClassification.
+Section 3.2, Eq. (1): the GVM learns the return-to-go of every prefix of every answer in fixed preference data.
+It is a language model with one number per token, not a vocabulary: a stock AutoModelForTokenClassification.
 
-Alignment. A prompt of two tokens (tau in front of it, if there is one), an answer of T = 3 tokens (END
-included), padding to the batch's width L. What belongs to a token stands in its column; B rows make tensors
-of shape (B, L).
+Alignment. A prompt of two tokens (tau in front of it, if there is one), an answer of T = 3 tokens (with END),
+padding to the batch's width L. What belongs to a token stands in its column; B rows make tensors (B, L).
 
     ids             x1    x2     y1     y2     END    pad
     is_response     .     .      1      1      1      .     written by the behaviour policy
@@ -221,9 +219,8 @@ def collate(sequences, pad_id):
 
 
 def row_order(n, batch_size, epochs, seed):
-    """The rows of each update: (updates, batch_size) row numbers, every epoch in another random order,
-    without its incomplete last batch. Every process computes the same order, and takes its own part of each
-    batch."""
+    """The rows of each update: (updates, batch_size) row numbers, each epoch in another order, without its
+    incomplete last batch. All processes compute the same order; each takes its part of every batch."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
     return torch.cat(orders).view(-1, batch_size)
@@ -405,9 +402,8 @@ def parse_args(cls, argv):
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
-    """from_pretrained: safetensors only, dropout off. trained: with a head from train_gvm.py or
-    reward_model.py; else a language model, which may get a new head. transformers would load either as the
-    other, silently."""
+    """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
+    made; else a language model, which may get a new one. transformers would load either as the other."""
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("Auto")
@@ -428,10 +424,9 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
 
 
 def start_accelerator(args, update_size):
-    """The Accelerator, and the rows of a micro-batch: update_size is divided over processes and
-    micro-batches."""
+    """The Accelerator, and the rows of a micro-batch: update_size over processes and micro-batches."""
     tracker = None if args.log_with == "none" else args.log_with
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)          # else DDP holds gradients twice
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)          # else it holds gradients twice
     accelerator = Accelerator(log_with=tracker, project_dir=args.output, kwargs_handlers=[ddp])
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
     torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678

@@ -1,15 +1,21 @@
-"""Scripts import nothing from each other; helpers are copied. Same name, same text: a mend in one is a mend in all."""
+"""Scripts import nothing from each other; helpers are copied. Same name, same text: a fix in one is a fix in all."""
 import ast
-from collections import Counter
+import difflib
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
+from conftest import SCRIPTS, script
+
 ROOT = Path(__file__).parent.parent
-# Names that differ by design: what a script is about, and the few constants that belong to it.
-MAY_DIFFER = {"Args", "main", "accumulation_steps", "scored_rows", "score_rollouts", "improve"}
-
-
-def scripts():
-    return sorted(path for path in [*ROOT.glob("*.py"), *ROOT.glob("baselines/*.py")])
+# Lines of a script, and of its section 6. To be raised only for something that a reader would miss.
+BUDGETS = {"sft.py": (360, 140), "train_gvm.py": (530, 140), "train_dvpo.py": (610, 160), "evaluate.py": (480, None),
+           "baselines/reward_model.py": (430, 140), "baselines/dpo.py": (430, 140), "baselines/ppo.py": (680, 160),
+           "baselines/grpo.py": (620, 160), "baselines/remax.py": (580, 160)}
+FOLDERS = {"analysis": 900, "data": 1000, "experiments": 2900, "tests": 5000}
+FLAGS, LOOP, LESSON = 24, 60, 260                              # flags; lines of a training loop; diff train_dvpo.py baselines/ppo.py
+# Names that differ by design: what a script is about.
+MAY_DIFFER = {"Args", "main", "evaluate", "ppo_update", "score_rollouts"}
 
 
 def definitions(text):
@@ -20,62 +26,70 @@ def definitions(text):
 
 
 def test_the_same_name_has_the_same_text():
-    first, copies = {}, 0
-    for path in scripts():
-        for name, text in definitions(path.read_text()).items():
-            if name in MAY_DIFFER:
-                continue
-            if name in first:
-                copies += 1
-                assert text == first[name][1], f"{name} in {path.name} is not what it is in {first[name][0]}"
-            else:
-                first[name] = (path.name, text)
-    assert copies > 20                                        # the test saw copies at all
+    texts = {}                                                 # {name: {text: [scripts]}}
+    for path in BUDGETS:
+        for name, text in definitions((ROOT / path).read_text()).items():
+            texts.setdefault(name, {}).setdefault(text, []).append(path)
+    different = {name: list(found.values()) for name, found in texts.items() if len(found) > 1}
+    assert set(different) == MAY_DIFFER, different
+    assert sum(len(paths) > 3 for found in texts.values() for paths in found.values()) > 12    # the test saw copies at all
 
 
 def test_no_script_imports_another():
-    names = {path.stem for path in scripts()}
-    for path in scripts():
-        for node in ast.walk(ast.parse(path.read_text())):
+    ours = {path.stem for folder in ("", "baselines", "data", "analysis", "experiments") for path in (ROOT / folder).glob("*.py")}
+    for path in BUDGETS:
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
             imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else \
-                [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not names & {name.split(".")[0] for name in imported}, path.name
+                [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            assert not {*ours, "baselines", "data", "analysis", ""} & {name.split(".")[0] for name in imported}, path
 
 
-def test_names_that_may_differ_do():
-    """An entry that is not needed any more would hide a copy that drifts."""
-    texts = {}
-    for path in scripts():
-        for name, text in definitions(path.read_text()).items():
-            texts.setdefault(name, set()).add(text)
-    assert all(len(texts[name]) > 1 for name in MAY_DIFFER)
+@pytest.mark.parametrize("path", BUDGETS)
+def test_budgets(path):
+    text = (ROOT / path).read_text()
+    total, plumbing = BUDGETS[path]
+    assert text.count("\n") <= total
+    if plumbing:
+        assert text[text.index("\n# ---- 6. "):].count("\n") <= plumbing
 
 
-def test_training_scripts_have_the_same_sections():
-    headings = {}
-    for path in [ROOT / "train_gvm.py", ROOT / "train_dvpo.py", *ROOT.glob("baselines/*.py")]:
-        lines = path.read_text().splitlines()
-        headings[path.name] = [line.split()[2] for line in lines if line.startswith("# ---- ")]
-    assert len(headings) == 7 and all(found == ["1.", "2.", "3.", "4.", "5.", "6."] for found in headings.values())
-    sft = [line.split()[2] for line in (ROOT / "sft.py").read_text().splitlines() if line.startswith("# ---- ")]
-    assert sft == ["1.", "2.", "3.", "5.", "6."]                              # nothing to measure but the loss
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_budgets_of_folders(folder):
+    assert sum(path.read_text().count("\n") for path in (ROOT / folder).glob("*.py")) <= FOLDERS[folder]
+
+
+def test_the_sections_are_the_same_and_the_last_one_holds_nothing_of_a_method():
+    """Section 6 may be left for later, as the docstrings say: all of it is in three training scripts or more."""
+    texts = {name: (ROOT / path).read_text() for name, path in SCRIPTS.items()}
+    everywhere = [name for text in texts.values() for name in definitions(text)]
+    for name, text in texts.items():
+        headings = [line for line in text.splitlines() if line.startswith("# ---- ")]
+        assert [heading.split()[2] for heading in headings] == [f"{i}." for i in (1, 2, 3, 4, 5, 6) if name != "sft" or i != 5]
+        assert headings[-1] == "# ---- 6. The same in every script: command line, models, engines, run folder ----"
+        method, rest = (set(definitions(part)) for part in text.split(headings[-1]))
+        assert {"Args", "main"} <= method and all(everywhere.count(shared) > 2 for shared in rest)
+
+
+def nesting(node):
+    """Depth of nested loops, conditions and with-blocks."""
+    deeper = isinstance(node, (ast.For, ast.While, ast.If, ast.With))
+    return deeper + max((nesting(child) for child in ast.iter_child_nodes(node)), default=0)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_loops_and_flags_fit_one_screen(name):
+    functions = {node.name: node for node in ast.parse((ROOT / SCRIPTS[name]).read_text()).body if isinstance(node, ast.FunctionDef)}
+    loops = [node for function in ("main", "ppo_update") if function in functions for node in functions[function].body
+             if isinstance(node, ast.For)]
+    assert loops and all(node.end_lineno - node.lineno <= LOOP and nesting(node) - 1 <= 3 for node in loops)
+    assert len(fields(script(name).Args)) <= FLAGS
 
 
 def test_what_dvpo_removes():
-    """`diff train_dvpo.py baselines/ppo.py`: everything outside the method itself is the same text."""
-    ours, ppo = (definitions((ROOT / name).read_text()) for name in ("train_dvpo.py", "baselines/ppo.py"))
-    assert {name for name in ours if name not in ppo} == {
-        "with_tau", "advantage_q", "advantage_gae", "advantage_released", "token_values"}
-    assert {name for name in ppo if name not in ours} == {
-        "advantage_from_critic", "value_loss", "state_values", "value_head", "load_reward_model", "response_reward", "score_scale",
-        "ResponseReward", "ActorCritic", "new_critic"}
-
-
-def test_the_last_section_holds_nothing_of_a_method():
-    """It may be left for later, as the docstrings say: all of it is in three training scripts or more."""
-    paths = [ROOT / "sft.py", ROOT / "train_gvm.py", ROOT / "train_dvpo.py", *ROOT.glob("baselines/*.py")]
-    names = Counter(name for path in paths for name in definitions(path.read_text()))
-    heading = "\n# ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----\n"
-    for path in paths:
-        method, rest = (set(definitions(part)) for part in path.read_text().split(heading))
-        assert len(rest) > 20 and min(names[name] for name in rest) > 2 and {"Args", "main"} <= method
+    """`diff train_dvpo.py baselines/ppo.py` is the lesson: few lines, each one something that DVPO removes or PPO adds."""
+    ours, ppo = ((ROOT / path).read_text() for path in ("train_dvpo.py", "baselines/ppo.py"))
+    changed = [line for line in difflib.ndiff(ours.splitlines(), ppo.splitlines()) if line[0] in "+-"]
+    assert len(changed) <= LESSON
+    assert set(definitions(ours)) - set(definitions(ppo)) == {
+        "draw_tau", "advantage_q", "advantage_gae", "advantage_released", "token_values"}
+    assert set(definitions(ppo)) - set(definitions(ours)) == {"advantage_from_critic", "value_loss"}     # TODO: when ppo.py is final
