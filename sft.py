@@ -15,7 +15,6 @@ L.
 
 Sections 1 to 4 are the method; section 6 is the same text in every script, and can wait.
 """
-import copy
 import json
 import math
 import os
@@ -68,8 +67,9 @@ class Args:
 
 
 # ---- 2. Data: rows, tokens, batches ----
-def read_rows(data, split, *fields):
-    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields."""
+def read_rows(data, split, *fields, tokenizer=None):
+    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields, and with a
+    tokenizer the ids of the prompt, "prompt_ids"."""
     path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
     if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
         fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
@@ -80,7 +80,9 @@ def read_rows(data, split, *fields):
             values = [rows[i][field] for field in fields]
             if any(x in (None, []) or x != x or not str(x).strip() for x in values):
                 raise ValueError("empty or NaN")
-        except (ValueError, KeyError, AttributeError) as problem:
+            if tokenizer:
+                rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
+        except Exception as problem:                          # bad JSON, no such field, no such template
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
     return rows
 
@@ -98,9 +100,11 @@ def load_tokenizer(name, template=None):
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
     A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for message in messages:
-        for token in tokenizer.all_special_tokens:
+        for token in control:
             message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -112,7 +116,7 @@ def end_of_answer(tokenizer):
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("answer")[2].strip()
     ids = tokenizer(after, add_special_tokens=False).input_ids
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 
 
 def encode_response(tokenizer, response):
@@ -171,9 +175,8 @@ def sft_loss(logp, is_response, denominator=None):
 def main(args):
     accelerator, micro_size = start_accelerator(args, args.batch_size)
     tokenizer = load_tokenizer(args.model, PLAIN_TEMPLATE)
-    rows = read_rows(args.data, "sft", "prompt", "response")
-    data = [(encode_prompt(tokenizer, row["prompt"]), encode_response(tokenizer, row["response"]))
-            for row in rows]
+    rows = read_rows(args.data, "sft", "prompt", "response", tokenizer=tokenizer)
+    data = [(row["prompt_ids"], encode_response(tokenizer, row["response"])) for row in rows]
     data = [sequence for sequence in data if sum(map(len, sequence)) <= args.max_length]
     accelerator.print(f"{len(data)} rows; {len(rows) - len(data)} longer than --max_length dropped")
     if len(data) < args.batch_size:

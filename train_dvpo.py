@@ -83,8 +83,9 @@ class Args:
 
 
 # ---- 2. Data: rows, tokens, batches ----
-def read_rows(data, split, *fields):
-    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields."""
+def read_rows(data, split, *fields, tokenizer=None):
+    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields, and with a
+    tokenizer the ids of the prompt, "prompt_ids"."""
     path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
     if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
         fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
@@ -95,7 +96,9 @@ def read_rows(data, split, *fields):
             values = [rows[i][field] for field in fields]
             if any(x in (None, []) or x != x or not str(x).strip() for x in values):
                 raise ValueError("empty or NaN")
-        except (ValueError, KeyError, AttributeError) as problem:
+            if tokenizer:
+                rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
+        except Exception as problem:                          # bad JSON, no such field, no such template
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
     return rows
 
@@ -113,9 +116,11 @@ def load_tokenizer(name, template=None):
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
     A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for message in messages:
-        for token in tokenizer.all_special_tokens:
+        for token in control:
             message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -127,7 +132,7 @@ def end_of_answer(tokenizer):
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("answer")[2].strip()
     ids = tokenizer(after, add_special_tokens=False).input_ids
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 
 
 def collate(sequences, pad_id):
@@ -367,8 +372,8 @@ def main(args):
     tokenizer, other = load_tokenizer(args.model), load_tokenizer(args.gvm)
     if (other.get_vocab(), other.chat_template) != (tokenizer.get_vocab(), tokenizer.chat_template):
         fail(f"{args.gvm}: another tokenizer or chat template than {args.model}. Train it from this model")
-    rows = read_rows(args.data, "rl", "prompt")
-    data = [(row["prompt"], encode_prompt(tokenizer, row["prompt"])) for row in rows]
+    rows = read_rows(args.data, "rl", "prompt", tokenizer=tokenizer)
+    data = [(row["prompt"], row["prompt_ids"]) for row in rows]
     data = [(prompt, ids) for prompt, ids in data if len(ids) <= args.max_prompt_length]
     accelerator.print(f"{len(data)} prompts; {len(rows) - len(data)} longer than --max_prompt_length dropped")
     if len(data) < args.batch_size:

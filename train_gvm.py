@@ -3,7 +3,7 @@
     python train_gvm.py                                               # Atlas, on a laptop
     accelerate launch train_gvm.py --supervision pairs --tau_pairs 1  # from preferences, policy-conditioned
 
-Section 3.2, Eq. (1): the GVM learns the return-to-go of every prefix of every answer in fixed preference data.
+Section 3.2, Eq. (1): the GVM learns the return-to-go of every prefix of an answer in fixed preference data.
 It is a language model with one number per token, not a vocabulary: a stock AutoModelForTokenClassification.
 
 Alignment. A prompt of two tokens (tau in front of it, if there is one), an answer of T = 3 tokens (with END),
@@ -25,7 +25,6 @@ Worked example, gamma = 1, r = 1, and at the moment q = V(s1), Q1, Q2, Q3 = 0, 0
 
 Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
 """
-import copy
 import json
 import math
 import os
@@ -78,8 +77,9 @@ class Args:
 
 
 # ---- 2. Data: rows, tokens, batches ----
-def read_rows(data, split, *fields):
-    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields."""
+def read_rows(data, split, *fields, tokenizer=None):
+    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields, and with a
+    tokenizer the ids of the prompt, "prompt_ids"."""
     path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
     if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
         fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
@@ -90,7 +90,9 @@ def read_rows(data, split, *fields):
             values = [rows[i][field] for field in fields]
             if any(x in (None, []) or x != x or not str(x).strip() for x in values):
                 raise ValueError("empty or NaN")
-        except (ValueError, KeyError, AttributeError) as problem:
+            if tokenizer:
+                rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
+        except Exception as problem:                          # bad JSON, no such field, no such template
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
     return rows
 
@@ -108,9 +110,11 @@ def load_tokenizer(name, template=None):
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
     A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for message in messages:
-        for token in tokenizer.all_special_tokens:
+        for token in control:
             message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -122,7 +126,7 @@ def end_of_answer(tokenizer):
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
     after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("answer")[2].strip()
     ids = tokenizer(after, add_special_tokens=False).input_ids
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else tokenizer.eos_token_id
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 
 
 def encode_response(tokenizer, response):
@@ -148,17 +152,17 @@ def read_trajectories(args, tokenizer, split, supervision):
     policies = {"response": "policy", "chosen": "policy_chosen", "rejected": "policy_rejected"}
     sides = ["response"] if supervision == "scores" else ["chosen", "rejected"]
     fields = [*sides, *[policies[side] for side in sides if args.tau_pairs], *["reward"] * (len(sides) == 1)]
-    rows = read_rows(args.data, split, "prompt", *fields)
+    rows = read_rows(args.data, split, "prompt", *fields, tokenizer=tokenizer)
     kept = []
     for number, row in enumerate(rows, 1):
-        prompt, answers = encode_prompt(tokenizer, row["prompt"]), []
+        answers = []
         for side, sign in zip(sides, (1.0, -1.0)):
             reward = row["reward"] if supervision == "scores" else sign
-            sequence = prompt, encode_response(tokenizer, row[side])
+            sequence = row["prompt_ids"], encode_response(tokenizer, row[side])
             answers.append(Trajectory(row["prompt"], sequence, reward, row.get(policies[side])))
         if len(answers) == 2 and answers[0].sequence == answers[1].sequence:
             fail(f"{args.data}, {split}, row {number}: chosen and rejected are the same")
-        if all(len(prompt) + len(answer.sequence[1]) <= args.max_length for answer in answers):
+        if all(sum(map(len, answer.sequence)) <= args.max_length for answer in answers):
             kept += answers
     dropped = len(rows) - len(kept) // len(sides)
     print(f"{split}: {len(rows)} rows; {dropped} longer than --max_length dropped")

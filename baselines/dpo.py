@@ -1,47 +1,49 @@
 """Baseline: DPO. No rollouts and no reward model: the policy learns from the preference pairs themselves.
 
-    python baselines/dpo.py                                               # Atlas, on a laptop
+    python baselines/dpo.py                                           # Atlas, on a laptop
     accelerate launch baselines/dpo.py --beta 0.1 --label_smoothing 0.1
 
-Rafailov et al. (2023): the log-ratio of policy and reference is an implicit reward, and the Bradley-Terry loss is taken
-on it. The reference's log-probabilities never change: they are computed once, before training, and the reference is
-let go.
+Rafailov et al. (2023): r(x, y) = beta * log(pi(y | x) / pi_ref(y | x)) is an implicit reward, and the
+Bradley-Terry loss is taken on it.
 
-Shapes   B pairs, so 2B rows: chosen, rejected, chosen, rejected, ... T tokens of the longest row.
-         Rows are [prompt | response | padding].
-Masks    is_token (2B, T) no padding; is_response (2B, T) tokens of the answer, EOS included.
+Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
+B pairs are 2B rows: chosen, rejected, chosen, rejected, ...
 
-Sections 1 to 5 are the method. Section 6 is plumbing that the scripts share, word for word: leave it for later.
+    ids             x1    x2     y1     y2     END    pad
+    is_response     .     .      1      1      1      .     the answer, written by anybody
+    logp            .     .      *      *      *      .     log pi(y_t | x, y_{<t}): logits one column earlier
+    reward          beta * (sum of logp - sum of the reference's logp), one number per row
+
+Worked example, beta = 0.1: log pi(y | x) and log pi_ref(y | x) are -10 and -12 for the chosen answer, -14 and
+-11 for the rejected one. Rewards 0.2 and -0.3, margin 0.5, loss = -log sigmoid(0.5) = 0.474.
+
+Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
 """
+import copy
 import json
 import math
 import os
-import re
-import shlex
 import shutil
-import signal
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, set_seed
-from accelerate.utils import load as load_safely
-from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from datasets import load_dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import get_scheduler
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
+
+MAX_GRAD_NORM = 1.0                                           # gradient clipping (ours)
 
 
 # ---- 1. Arguments: "paper" is Appendix C, "ours" is chosen for Atlas on a laptop ----
@@ -51,29 +53,93 @@ class Args:
     data: str = HfArg(default="runs/atlas/data", help="data folder with pairs.jsonl, or hub data set")
     output: str = HfArg(default="runs/atlas/dpo", help="run folder to write")
     overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
-    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
-    beta: float = HfArg(default=0.1, help="how dear it is to leave the reference (Rafailov et al.: 0.1)")
-    label_smoothing: float = HfArg(default=0.0, help="probability that a pair is the wrong way round, below 0.5")
-    max_length: int = HfArg(default=256, help="longer rows (prompt + response, tokens) are dropped (ours)")
-    lr: float = HfArg(default=3e-4, help="peak learning rate, then linear decay (ours)")
+    beta: float = HfArg(default=0.1, help="how strongly the reference holds (Rafailov et al.: 0.1)")
+    label_smoothing: float = HfArg(default=0.0, help="probability that a pair is the wrong way round")
+    max_length: int = HfArg(default=256, help="pairs with a longer row (tokens) are dropped, counted (ours)")
+    lr: float = HfArg(default=3e-4, help="peak learning rate (ours)")
     warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the linear decay (ours)")
     epochs: int = HfArg(default=1, help="passes over the data (ours)")
     batch_size: int = HfArg(default=32, help="pairs per update, over all processes (paper: 8)")
-    micro_batch_size: int = HfArg(default=16, help="most pairs per forward pass and process; the rest accumulates")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run again in the backward pass")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours)")
-    log_every: int = HfArg(default=10, help="updates between two lines of metrics.jsonl")
+    micro_batch_size: int = HfArg(default=8, help="most pairs per forward pass and process (ours)")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run twice")
     save_steps: int = HfArg(default=0, help="updates between two checkpoints, of which two are kept; 0: none")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    log_with: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker that gets the metrics too")
+    log_with: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker of the metrics")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
-# ---- 2. Data ----
-def same_tokens(row, tokenizer):
-    """The fault of a pair whose answers differ as texts, but not as tokens; None if there is none."""
-    chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
-    return '"chosen" and "rejected" are the same tokens' if chosen == rejected else None
+# ---- 2. Data: rows, tokens, batches ----
+def read_rows(data, split, *fields, tokenizer=None):
+    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields, and with a
+    tokenizer the ids of the prompt, "prompt_ids"."""
+    path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
+    if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
+        fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
+    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(data, split=hub_split))
+    for i, row in enumerate(rows):
+        try:
+            rows[i] = json.loads(row) if isinstance(row, str) else row
+            values = [rows[i][field] for field in fields]
+            if any(x in (None, []) or x != x or not str(x).strip() for x in values):
+                raise ValueError("empty or NaN")
+            if tokenizer:
+                rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
+        except Exception as problem:                          # bad JSON, no such field, refused by the template
+            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
+    return rows
+
+
+def load_tokenizer(name, template=None):
+    """The tokenizer of a model, with a pad token, and with this chat template if it has none."""
+    if not Path(name).is_dir() and name.count("/") != 1:
+        fail(f"{name}: no such folder. Has the stage before this one been run?")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
+    A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for message in messages:
+        for token in control:
+            message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def end_of_answer(tokenizer):
+    """Id of the token that the chat template writes after an assistant's message ("<|im_end|>"): often not
+    tokenizer.eos_token, which is the fallback where the template writes no control token."""
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("answer")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+
+
+def encode_response(tokenizer, response):
+    """Token ids of an answer, ended as the chat template ends it. A control token in its text stays text."""
+    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
+    return [*ids, end_of_answer(tokenizer)]
+
+
+def read_pairs(args, tokenizer, split):
+    """data/split.jsonl -> [(chosen, rejected), ...], each of them (prompt ids, response ids). A pair with a row
+    longer than max_length is dropped whole."""
+    rows, pairs = read_rows(args.data, split, "prompt", "chosen", "rejected"), []
+    for number, row in enumerate(rows, 1):
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
+        if chosen == rejected:
+            fail(f"{args.data}, {split}, row {number}: chosen and rejected are the same")
+        if len(prompt) + max(len(chosen), len(rejected)) <= args.max_length:
+            pairs.append(((prompt, chosen), (prompt, rejected)))
+    print(f"{split}: {len(rows)} rows; {len(rows) - len(pairs)} longer than --max_length dropped")
+    return pairs
 
 
 def collate(sequences, pad_id):
@@ -91,40 +157,21 @@ def collate(sequences, pad_id):
     return ids, is_response, lengths
 
 
-def update_order(n, batch_size, epochs, seed):
-    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
-
-    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out.
-    """
+def row_order(n, batch_size, epochs, seed):
+    """The rows of each update: (updates, batch_size) row numbers, each epoch in another order, without its
+    incomplete last batch. All processes compute the same order; each takes its part of every batch."""
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
     return torch.cat(orders).view(-1, batch_size)
 
 
-def read_pairs(args, tokenizer, split):
-    """data/split.jsonl -> ([(prompt ids, chosen ids), (prompt ids, rejected ids), ...], number of pairs dropped).
-
-    The two answers of a pair stand next to each other. A pair with a row longer than max_length is dropped whole. One
-    whose answers are the same tokens is a bad row: its gradient would be zero.
-    """
-    fields = {"prompt": "prompt", "chosen": "text", "rejected": "text"}
-    rows, kept = read_rows(args.data, split, fields, args.bad_rows, lambda row: same_tokens(row, tokenizer)), []
-    for row in rows:
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = (encode_response(tokenizer, row[side]) for side in ("chosen", "rejected"))
-        if len(prompt) + max(len(chosen), len(rejected)) <= args.max_length:
-            kept += [(prompt, chosen), (prompt, rejected)]
-    return kept, len(rows) - len(kept) // 2
-
-
 # ---- 3. Loss: Bradley-Terry on the implicit reward ----
 def dpo_loss(chosen, rejected, label_smoothing):
-    """-(1-e) * log sigmoid(beta * margin) - e * log sigmoid(-beta * margin), e the label smoothing.
+    """-E[(1 - e) * log sigmoid(margin) + e * log sigmoid(-margin)], e the label smoothing; the mean over pairs.
 
-    chosen, rejected  (B,) float  implicit rewards, beta * (log pi_theta(y|x) - log pi_ref(y|x)), sums over the tokens
-                                  of the answer; their difference is beta * margin
-    Returns the mean over the pairs, a scalar.
+    chosen, rejected  (B,) float  implicit rewards, beta * (log pi(y | x) - log pi_ref(y | x)); margin is their
+                                  difference
+    Returns a scalar.
     """
     assert chosen.shape == rejected.shape and chosen.dim() == 1
     margin = chosen - rejected
@@ -133,9 +180,6 @@ def dpo_loss(chosen, rejected, label_smoothing):
 
 
 # ---- 4. Scores ----
-LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
-
-
 def token_logp(model, ids, is_response):
     """log pi(a_t | s_t) of the response tokens, each in its own column: (B, L) float, 0 off the mask."""
     assert not is_response[:, 0].any(), "a row begins with its answer: nothing predicts the first token"
@@ -146,131 +190,73 @@ def token_logp(model, ids, is_response):
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
 
 
-class TokenLogp(torch.nn.Module):
-    """A policy as a function from tokens to log-probabilities: this is the call that DDP, ZeRO and FSDP have to see."""
-
-    def __init__(self, policy):
-        super().__init__()
-        self.policy, self.config = policy, policy.config
-        self._no_split_modules = policy._no_split_modules     # the layers that FSDP divides one by one
-        with torch.no_grad():
-            ids = torch.tensor([[0, 1]], device=policy.device)
-            hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids, use_cache=False).logits
-            if not torch.allclose(logits, own, atol=1e-2, equal_nan=True):
-                fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
-                     f"as in Gemma 2), which token_logp takes them for")
-
-    def forward(self, ids, is_response):
-        return token_logp(self.policy, ids, is_response)
-
-
-@torch.no_grad()
-def reference_logp(accelerator, reference, sequences, batch_size, pad_id):
-    """log pi_ref(y | x) of N (prompt ids, response ids): (N,) float. Every process scores its part of them."""
-    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))           # little padding
-    logp = torch.zeros(len(sequences), device=accelerator.device)
-    for rows in torch.tensor(order[accelerator.process_index::accelerator.num_processes]).split(batch_size):
-        ids, _, is_response = collate([sequences[row] for row in rows], pad_id, accelerator.device)
-        logp[rows] = token_logp(reference, ids, is_response).sum(-1)
-    return accelerator.reduce(logp)
+def pair_accuracy(chosen, rejected):
+    """Share of pairs whose better answer has the higher score; a tie counts half. (N,) and (N,) -> float."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
 
 
 # ---- 5. Training ----
 def main(args):
-    started = time.time()
-    check_numbers(args)
-    accelerator = start_accelerator(args, accumulation_steps)
-    set_seed(args.seed)
-    tokenizer = load(AutoTokenizer, args.model)
-    if tokenizer.chat_template is None:
-        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if args.label_smoothing >= 0.5:
-        fail(f"--label_smoothing {args.label_smoothing}: has to be below 0.5, where a pair says nothing")
+    accelerator, micro_size = start_accelerator(args, args.batch_size)
+    tokenizer = load_tokenizer(args.model)
+    data = read_pairs(args, tokenizer, "pairs")
+    if len(data) < args.batch_size:
+        fail(f"{args.data}: {len(data)} pairs do not fill --batch_size {args.batch_size}")
 
-    data, dropped = read_pairs(args, tokenizer, "pairs")
-    n = len(data) // 2
-    accelerator.print(f"{n} pairs; {dropped} longer than {args.max_length} tokens dropped")
-    if n < args.batch_size:
-        fail(f"{args.data}: {n} pairs do not fill one batch: lower --batch_size {args.batch_size}, or raise "
-             f"--max_length {args.max_length}")
-
-    # eval() switches dropout off (else the policy is not the reference at first); gradients flow all the same.
-    model = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    if args.max_length > getattr(model.config, "max_position_embeddings", math.inf):
-        fail(f"--max_length {args.max_length} is more than the context of {args.model}")
+    frozen_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    policy = load_model(AutoModelForCausalLM, args.model, tokenizer, args.max_length)
+    reference = load_model(AutoModelForCausalLM, args.model, tokenizer, args.max_length, dtype=frozen_dtype)
     output = start_run(accelerator, args)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    lengths = torch.tensor([sum(map(len, sequence)) for sequence in data]).view(n, 2).amax(1)
-    updates = update_order(n, args.batch_size, args.epochs, args.seed)
-    scheduler = get_scheduler("linear", optimizer, min(args.warmup_steps, len(updates)), len(updates))
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    checkpoint_layers(model, args.gradient_checkpointing)
-    model, optimizer = accelerator.prepare(TokenLogp(model), optimizer)
-    # The policy is its own reference as long as it has not learned. In the precision that the policy is scored in.
-    with gathered(accelerator, model, "policy") as plain, accelerator.autocast():
-        logp_ref = reference_logp(accelerator, plain, data, 2 * args.micro_batch_size, tokenizer.pad_token_id)
-
-    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
-    # The rate is a function of the update. A scheduler's own state would be read as an unchecked pickle.
-    started, scheduler.last_epoch = started - seconds, first
-    progress = tqdm(total=len(updates), initial=first, desc="dpo", mininterval=1,
-                    disable=not accelerator.is_main_process)
-    for update, batch in enumerate(updates[first:], first + 1):
-        mine = batch[accelerator.process_index::accelerator.num_processes]
-        mine = mine[lengths[mine].argsort()]                                   # micro-batches with little padding
-        totals = torch.zeros(4, device=accelerator.device)       # loss, pairs ranked rightly, both implicit rewards
-        for micro in mine.split(args.micro_batch_size):
-            rows = torch.stack([2 * micro, 2 * micro + 1], dim=-1).flatten()                       # (2B,)
-            ids, _, is_response = collate([data[row] for row in rows], tokenizer.pad_token_id, accelerator.device)
-            with accelerator.accumulate(model):
-                logp = model(ids, is_response).sum(-1)                         # log pi(y | x): (2B,)
-                reward = args.beta * (logp - logp_ref[rows.to(ids.device)])
-                chosen, rejected = reward[0::2], reward[1::2]                                      # (B,) each
-                loss = dpo_loss(chosen, rejected, args.label_smoothing)
-                accelerator.backward(loss)     # its mean over micro-batches and processes: all hold as many pairs
-            totals += torch.stack([loss.detach() * len(micro), (chosen > rejected).sum(), chosen.detach().sum(),
-                                   rejected.detach().sum()])
-        grad_norm = clip_grad_norm(accelerator, model.parameters(), args.max_grad_norm)
-        stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, f"update {update}, pairs {batch.tolist()}",
-                           "policy")
-        optimizer.step()
-        optimizer.zero_grad()
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    updates = row_order(len(data), args.batch_size, args.epochs, args.seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
+    # Stepped by hand: a prepared scheduler would take a step per process. Its state is its number of steps.
+    scheduler = get_scheduler("linear", optimizer, min(args.warmup_steps, len(updates)), len(updates))
+    policy, optimizer = accelerator.prepare(policy.train(), optimizer)
+    reference = prepare_frozen(accelerator, reference)
+    first = scheduler.last_epoch = load_checkpoint(accelerator, output) if args.resume else 0
+    progress = tqdm(range(first + 1, len(updates) + 1), "dpo", disable=not accelerator.is_main_process)
+    for step in progress:
+        started = time.time()
+        mine = updates[step - 1, accelerator.process_index::accelerator.num_processes].tolist()
+        mine.sort(key=lambda row: max(sum(map(len, sequence)) for sequence in data[row]))      # little padding
+        rewards = []
+        for start in range(0, len(mine), micro_size):
+            sequences = [sequence for row in mine[start:start + micro_size] for sequence in data[row]]
+            ids, is_response, _ = collate(sequences, tokenizer.pad_token_id)             # (2 * micro, L)
+            ids, is_response = ids.to(accelerator.device), is_response.to(accelerator.device)
+            with torch.no_grad(), accelerator.autocast():
+                logp_ref = token_logp(reference, ids, is_response).sum(-1)               # log pi_ref(y | x)
+            with accelerator.accumulate(policy):
+                logp = token_logp(policy, ids, is_response).sum(-1)                      # log pi(y | x)
+                reward = args.beta * (logp - logp_ref)                                   # (2 * micro,)
+                # A mean over its pairs. Micro-batches and processes, over which gradients are averaged, have
+                # equally many pairs: it is the mean over the update, however that is divided.
+                loss = dpo_loss(reward[0::2], reward[1::2], args.label_smoothing)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:                # the update is complete
+                    grad_norm = clip_grad_norm(accelerator, policy)
+                optimizer.step()                              # does nothing before that
+                optimizer.zero_grad()
+            rewards.append(reward.detach())
         scheduler.step()
-
-        progress.update()
-        loss, right, chosen, rejected = (accelerator.reduce(totals) / args.batch_size).tolist()
-        record = {"update": update, "loss": loss, "accuracy": right, "reward_chosen": chosen,
-                  "reward_rejected": rejected, "grad_norm": grad_norm, "lr": scheduler.get_last_lr()[0],
-                  "seconds": time.time() - started}
-        if accelerator.is_main_process and (update % args.log_every == 0 or update == len(updates)):
-            write_lines(output / "metrics.jsonl", [record])
-            accelerator.log(record, step=update)
-            progress.set_postfix(loss=f"{record['loss']:.3f}")
-        save_if_due(accelerator, output, update, len(updates), args.save_steps)
-    progress.close()
-    save_run(accelerator, model, tokenizer, output,
-             f"# DPO policy\n\n`{args.model}` aligned by {n} preference pairs of `{args.data}` (pairs), "
-             f"{args.epochs} epochs, {len(updates)} updates, beta {args.beta}.",
-             {name: record[name] for name in ("loss", "accuracy")}, "policy")
+        reward = accelerator.gather(torch.cat(rewards))       # (2 * batch_size,), before the update
+        chosen, rejected = reward[0::2], reward[1::2]
+        record = {"step": step, "loss": dpo_loss(chosen, rejected, args.label_smoothing).item(),
+                  "accuracy": pair_accuracy(chosen, rejected), "reward_chosen": chosen.mean().item(),
+                  "reward_rejected": rejected.mean().item(), "grad_norm": grad_norm,
+                  "lr": scheduler.get_last_lr()[0], "seconds": time.time() - started}
+        progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+        log_step(accelerator, output, record)
+        if args.save_steps and step % args.save_steps == 0:
+            save_checkpoint(accelerator, output, step)
+    save_run(accelerator, policy, accelerator.get_state_dict(policy), tokenizer, output,
+             f"DPO policy: {args.model} after {args.epochs} epochs on {len(data)} pairs, beta {args.beta}.")
     accelerator.end_training()
 
 
-def accumulation_steps(args, processes):
-    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
-    and on eight; --micro_batch_size is how much of it a process takes at a time: lowered to what it has."""
-    if args.batch_size < 1 or args.batch_size % processes:
-        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
-    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
-    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
-        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
-             f"{args.micro_batch_size * processes}")
-    return args.batch_size // (args.micro_batch_size * processes)
-
-
-# ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----
+# ---- 6. The same in every script: command line, models, engines, run folder ----
 def fail(message):
     """Ends the program with one clear line: for what a user can fix. Bugs keep their traceback."""
     raise SystemExit(f"error: {message}")
@@ -286,78 +272,35 @@ def parse_args(cls, argv):
     return parser.parse_args_into_dataclasses(argv)[0]
 
 
-def check_numbers(args):
-    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
-    for name, value in vars(args).items():
-        may_be_0 = name in ("seed", "retries", "warmup_steps", "tau_pairs", "save_steps")
-        least = 0 if type(value) is float or may_be_0 else 1
-        most = 2 ** 32 if name == "seed" else math.inf        # numpy's generators take no larger seed
-        if type(value) in (int, float) and not least <= value < most:
-            fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
-
-
-def row_problem(row, fields):
-    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    for name, kind in fields.items():
-        value = row.get(name)
-        text = isinstance(value, str) and bool(value.strip())
-        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
-                                                         isinstance(m.get("content"), str) for m in value)
-        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
-        if value is None:
-            return f'no field "{name}"'
-        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
-            return f'"{name}" is not a finite number: {value!r}'
-        if kind == "text" and not text:
-            return f'"{name}" is empty or not a string'
-        if kind == "prompt" and not (text or chat):
-            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
-    same = "chosen" in fields and row["chosen"] == row["rejected"]
-    return '"chosen" and "rejected" are the same text' if same else None
-
-
-def read_rows(data, split, *fields):
-    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields."""
-    path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
-    if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
-        fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
-    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(data, split=hub_split))
-    for i, row in enumerate(rows):
-        try:
-            rows[i] = json.loads(row) if isinstance(row, str) else row
-            values = [rows[i][field] for field in fields]
-            if any(x in (None, []) or x != x or not str(x).strip() for x in values):
-                raise ValueError("empty or NaN")
-        except (ValueError, KeyError, AttributeError) as problem:
-            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
-    return rows
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
-    A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
-    for message in messages:
-        for token in tokenizer.all_special_tokens:
-            message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def encode_response(tokenizer, response):
-    """Token ids of an answer, ended as the chat template ends it. A control token in its text stays text."""
-    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
-    return [*ids, end_of_answer(tokenizer)]
+def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
+    """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
+    made; else a language model, which may get a new one. transformers would load either as the other."""
+    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
+    made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("Auto")
+    if not made_as.endswith(wanted.removeprefix("Model")) if trained else "Classification" in made_as:
+        fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
+    model = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):              # else the ratio of a policy to itself is not 1
+            module.p = 0.0
+    context = getattr(config.get_text_config(), "max_position_embeddings", length)
+    if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
+    if model.can_generate():                                  # where answers end: by template, by model
+        own = model.generation_config.eos_token_id or []
+        stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])})
+        model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
+    return model
 
 
 def start_accelerator(args, update_size):
-    """The Accelerator, and the rows of a micro-batch: update_size is divided over processes and
-    micro-batches."""
+    """The Accelerator, and the rows of a micro-batch: update_size over processes and micro-batches."""
     tracker = None if args.log_with == "none" else args.log_with
-    accelerator = Accelerator(log_with=tracker, project_dir=args.output)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)          # else it holds gradients twice
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output, kwargs_handlers=[ddp])
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
+    torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
     accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
     if rest or accelerator.distributed_type == DistributedType.FSDP:
@@ -371,20 +314,15 @@ def start_accelerator(args, update_size):
     return accelerator, micro_size
 
 
-def is_zero3(accelerator):
-    """Does DeepSpeed divide the weights among the processes?"""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
-
-
-@contextmanager
-def gathered(accelerator, model):
-    """The plain model, to generate with. ZeRO-3 gathers its weights once, not for each token."""
-    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
-        from deepspeed.runtime.zero import unwrap_model_for_generation
-        with unwrap_model_for_generation(model):
-            yield accelerator.unwrap_model(model)
-    else:
-        yield accelerator.unwrap_model(model)
+def prepare_frozen(accelerator, model):
+    """A model that does not learn: divided among the processes by ZeRO-3, else a copy on each device."""
+    model.eval().requires_grad_(False)
+    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) != 3:
+        return model.to(accelerator.device)
+    import deepspeed
+    config = copy.deepcopy(accelerator.deepspeed_plugin.deepspeed_config)
+    config["bf16"] = {"enabled": model.dtype == torch.bfloat16}
+    return deepspeed.initialize(model=model, config=config)[0]
 
 
 def clip_grad_norm(accelerator, model):
@@ -394,57 +332,6 @@ def clip_grad_norm(accelerator, model):
     else:
         norm = float(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
     return norm if math.isfinite(norm) else fail(f"gradient norm {norm}: lower --lr, or --resume")
-
-
-def checkpoint_layers(model, on):
-    """Gradient checkpointing on or off. transformers does it only in layers whose `training` is set, which eval() unset
-    to switch dropout off: so it is set on the layers alone. Off for generation: such layers keep no key-value cache."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = on
-
-
-def load(auto_class, name, kind=None, **kwargs):
-    """auto_class.from_pretrained(name), with one clear line where that cannot work.
-
-    kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
-          a fresh, random head.
-    """
-    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
-    transformers_logging.disable_progress_bar()
-    folder = Path(name)
-    local = os.path.exists(name) or name.count("/") > 1 or (folder.parent != Path() and os.path.isdir(folder.parent))
-    if local and not (os.path.isdir(name) and any(folder.glob("*config.json"))):
-        fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
-    safe = {"trust_remote_code": False}                       # no program that comes with a model is run
-    try:
-        made_as = (AutoConfig.from_pretrained(name, **safe).architectures or ["?"])[0] if kind else "?"
-        is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
-        if kind and is_value != (kind == "value"):
-            fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
-        if not kind:
-            found = auto_class.from_pretrained(name, **safe, **kwargs)
-            if auto_class is AutoTokenizer and found("a") and not found.eos_token:
-                raise ValueError("no eos_token: a model could not be taught to stop")
-            return found
-        safe["use_safetensors"] = True                        # nor a pickle, which is one too
-        model, report = auto_class.from_pretrained(name, output_loading_info=True, **safe, **kwargs)
-    except Exception as problem:                              # transformers, safetensors and the hub have many kinds
-        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-        pickled = ". Weights in .bin are programs too: save them as safetensors" * (local and any(folder.glob("*.bin")))
-        fail(f"{name}: {auto_class.__name__} cannot load it ({reason}){pickled}")
-    new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
-    missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
-    missing += [key for key in report["unexpected_keys"] if re.match(rf"{model.base_model_prefix}\..*weight$", key)]
-    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more do not fit its config.json: "
-                f"missing, or more than it wants") if missing else model
-
-
-def tracker(args):
-    """Accelerator's arguments for --log_with. It would pass over a tracker that is not installed without a word."""
-    if args.log_with not in ("none", *map(str, get_available_trackers())):
-        fail(f"--log_with {args.log_with}: not installed here. pip install {args.log_with}")
-    return {"log_with": args.log_with, "project_dir": args.output} if args.log_with != "none" else {}
 
 
 def start_run(accelerator, args):
@@ -465,23 +352,6 @@ def start_run(accelerator, args):
     return output
 
 
-@contextmanager
-def writing(place):
-    """A full disk, or a folder that cannot be written, ends in one clear line. What was saved before stays as it is."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as problem:                 # RuntimeError: torch.save's
-        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-        fail(f"{place}: cannot be written ({reason}). Mend that: then the same command with --resume goes on from the "
-             f"last checkpoint")
-
-
-def checkpoints(output):
-    """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
-    found = [folder for folder in output.glob("checkpoints/step_*") if folder.name.removeprefix("step_").isdecimal()]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
-
-
 def save_checkpoint(accelerator, output, step):
     """Weights and optimizer, written under another name and then renamed. The newest two are kept."""
     unfinished = output / "checkpoints" / "unfinished"
@@ -491,33 +361,6 @@ def save_checkpoint(accelerator, output, step):
         unfinished.rename(unfinished.with_name(f"step_{step:08d}"))
         for old in sorted(output.glob("checkpoints/step_*"))[:-2]:
             shutil.rmtree(old)
-
-
-STOP_SIGNALS = []                                             # when they came
-
-
-def heed_signals():
-    """Ctrl-C and SIGTERM (a cluster takes the machine back) let the step end and a checkpoint be saved. Called only
-    where a script is the program. A launcher hands the signal on, so it may come twice at once; one that comes later
-    ends the program on the spot."""
-    def note(number, frame):
-        if STOP_SIGNALS and time.time() > STOP_SIGNALS[0] + 3:
-            fail("stopped in the middle of a step. --resume goes on from the last checkpoint")
-        STOP_SIGNALS.append(time.time())
-        print("\nstopping after this step; the same signal in three seconds or more stops at once", flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:        # a job in the background may be told to ignore them
-            signal.signal(number, note)
-
-
-def save_if_due(accelerator, output, step, last, save_steps):
-    """A checkpoint every --save_steps; and when a signal has come, to whichever process: then the run ends here."""
-    stop = accelerator.reduce(torch.tensor(len(STOP_SIGNALS), device=accelerator.device)).item()
-    if step < last and (stop or (save_steps and step % save_steps == 0)):
-        save_checkpoint(accelerator, output, step)
-        if stop:
-            fail(f"{output}: stopped by a signal after step {step}. The same command with --resume goes on from there")
 
 
 def load_checkpoint(accelerator, output):
@@ -532,32 +375,13 @@ def load_checkpoint(accelerator, output):
     return step
 
 
-def write_lines(path, records):
-    """Appends JSON lines: metrics.jsonl, rollouts.jsonl."""
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def model_card(accelerator, model, output, about, numbers):
-    """README.md of a run folder, in the form that the Hugging Face hub reads. numbers: {metric: last value}."""
-    kinds, source = ("TokenClassification", "SequenceClassification"), model.config.name_or_path
-    auto = "AutoModelFor" + next((kind for kind in kinds if type(model).__name__.endswith(kind)), "CausalLM")
-    base_model = "" if Path(source).exists() else f"base_model: {source}\n"    # the hub knows nothing of our folders
-    processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    engine = "fsdp2" if accelerator.is_fsdp2 else ""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        engine = f"zero{accelerator.deepspeed_plugin.zero_stage}"
-    launch = "accelerate launch " + f"--config_file recipes/accelerate_{engine}.yaml " * bool(engine)
-    launch += f"--num_processes {processes} --mixed_precision {precision}"
-    command = f"{'python' if (processes, precision) == (1, 'no') else launch} {shlex.join(sys.argv)}"
-    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
-    return (f"---\nlibrary_name: transformers\ntags: [dvpo, {Path(__file__).stem}]\n{base_model}---\n{about}\n\n"
-            f"| metric | last value |\n|---|---|\n{table}\n"
-            f"```python\nfrom transformers import {auto}, AutoTokenizer\n"
-            f"model = {auto}.from_pretrained({str(output)!r})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({str(output)!r})\n```\n\n"
-            f"Made by `{Path(__file__).name}` of an educational reference of DVPO (arXiv 2502.16944); not an aligned "
-            f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
+def log_step(accelerator, output, record, rollouts=()):
+    """A line of metrics.jsonl, and of the tracker; a line of rollouts.jsonl for each answer."""
+    accelerator.log(record, step=record["step"])
+    for name, rows in {"metrics": [record], "rollouts": rollouts}.items():
+        if rows and accelerator.is_main_process:
+            with open(output / f"{name}.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def save_run(accelerator, model, state, tokenizer, output, about):
@@ -570,15 +394,5 @@ def save_run(accelerator, model, state, tokenizer, output, about):
     accelerator.wait_for_everyone()
 
 
-def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, part=""):
-    """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
-    if not math.isfinite(grad_norm):
-        saved = Path(output) / "checkpoints" / "before_nan"
-        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
-                 {"grad_norm": grad_norm}, part)
-        fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
-
-
 if __name__ == "__main__":
-    heed_signals()
     main(parse_args(Args, sys.argv[1:]))

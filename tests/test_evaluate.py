@@ -1,15 +1,28 @@
-"""Numbers: statistics against known answers."""
+"""evaluate.py: statistics against known answers, values against training and against loops, policies against the judge."""
 import json
-from pathlib import Path
 
 import numpy
 import pytest
 import torch
-from conftest import ROOT, read_lines, write_rows
+from conftest import ROOT, fails, read_lines, responses, write_rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import evaluate
 
 
+@pytest.fixture
+def values_args(world):
+    return lambda *models, **changes: evaluate.ValuesArgs(**{"models": list(map(str, models)), "data": str(world / "data")} | changes)
+
+
+@pytest.fixture
+def policy_args(world, runs, tmp_path):
+    given = {"models": [str(runs("sft")), str(runs("dvpo"))], "data": str(world / "data"), "samples": 2, "max_response_length": 12,
+             "judge": str(ROOT / "data" / "atlas.py:oracle"), "output": str(tmp_path / "eval")}
+    return lambda **changes: evaluate.PolicyArgs(**given | changes)
+
+
+# ---- Statistics ----
 def test_bootstrap_covers_the_mean():
     """95 % intervals of the mean of 50 draws contain the true mean in about 95 of 100 cases."""
     generator, hits = torch.Generator().manual_seed(0), 0
@@ -28,216 +41,169 @@ def test_bootstrap_draws_groups():
     assert grouped == single != evaluate.bootstrap(values, 3)
 
 
-def test_wins():
-    a, b = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 4.0])
-    assert evaluate.wins(a, b).tolist() == [1.0, 0.5, 0.0]
-    assert (evaluate.wins(a, b) + evaluate.wins(b, a) == 1).all()
+def test_outcomes():
+    scores = {"a": torch.tensor([[1.0, 2.0], [3.0, torch.nan]]), "b": torch.tensor([[0.0, 2.0], [4.0, 1.0]])}
+    assert evaluate.outcomes(scores)["a"] == {"b": {"win": 1 / 3, "tie": 1 / 3, "lose": 1 / 3, "pairs": 3}}
 
 
-def test_values_agrees_with_training(gvm_run, gvm_args, reward_model_run, reward_model_args, tmp_path, capsys):
-    args = evaluate.ValuesArgs(models=[str(gvm_run), f"rm={reward_model_run}"], data=gvm_args.data,
-                               output=str(tmp_path / "values.json"))
-    result = evaluate.evaluate_values(args)
-    logged = read_lines(gvm_run / "metrics.jsonl")[-1]["pair_accuracy"]
-    found = result["models"]["gvm"]["pair_accuracy"]
-    assert {name: found[name]["mean"] for name in logged} == pytest.approx(logged) and set(found) - set(logged) == {"backup"}
-    logged = read_lines(reward_model_run / "metrics.jsonl")[-1]["pair_accuracy"]
-    assert result["models"]["rm"]["pair_accuracy"]["last"]["mean"] == pytest.approx(logged)
-    assert (result["models"]["gvm"]["aggregate"], result["models"]["rm"]["aggregate"]) == ("mean", "last")
-    assert json.loads((tmp_path / "values.json").read_text()) == result
-    assert f"{found['mean']['mean']:.3f} ({found['mean']['low']:.3f} to" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="exists already"):
-        evaluate.evaluate_values(args)
-
-
-def test_values_by_margin_and_by_policy(gvm_run, gvm_args, tmp_path):
-    """Every pair is in one group of margins, and in the group of each policy that wrote one of its answers."""
-    rows = read_lines(Path(gvm_args.data) / "test_pairs.jsonl")
-    result = evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=gvm_args.data))["models"]["gvm"]
-    margins, policies = result["by_margin"], result["by_policy"]
-    assert len(margins) == 4 and sum(x["pairs"] for x in margins.values()) == len(rows)
-    mean = sum(x["mean"] * x["pairs"] for x in margins.values()) / len(rows)
-    assert mean == pytest.approx(result["pair_accuracy"]["mean"]["mean"])
+def test_margins_are_cut_at_quartiles(world):
+    rows = read_lines(world / "data" / "test_pairs.jsonl")
+    groups = evaluate.group_rows(rows)
     margin = numpy.array([abs(row["score_chosen"] - row["score_rejected"]) for row in rows])
     edges = [*numpy.quantile(margin, (0, 0.25, 0.5, 0.75)), numpy.inf]
-    assert [x["pairs"] for x in margins.values()] == [((low <= margin) & (margin < high)).sum() for low, high in zip(edges, edges[1:])]
+    assert list(map(len, groups["by_margin"].values())) == [((low <= margin) & (margin < high)).sum() for low, high in zip(edges, edges[1:])]
     first = margin[margin < edges[1]]
-    assert list(margins)[0] == f"1: {first.min():.4g} to {first.max():.4g}"
-    close = [{"score_chosen": 1000 + i / 100, "score_rejected": 0.0} for i in range(40)]
-    assert [len(numbers) for numbers in evaluate.margin_groups(close).values()] == [10] * 4        # close edges are four groups
+    assert list(groups["by_margin"])[0] == f"1: {first.min():.4g} to {first.max():.4g}"
+    for policy, numbers in groups["by_policy"].items():
+        assert numbers == [i for i, row in enumerate(rows) if policy in (row["policy_chosen"], row["policy_rejected"])]
     ties = [{"score_chosen": n, "score_rejected": 0} for n in [1] * 70 + [2] * 20 + [3] * 10]
-    assert {label: len(numbers) for label, numbers in evaluate.margin_groups(ties).items()} == {"1: 1 to 1": 70, "2: 2 to 3": 30}
-    for policy, x in policies.items():
-        assert x["pairs"] == sum(policy in (row["policy_chosen"], row["policy_rejected"]) for row in rows)
-    assert evaluate.margin_groups([{"score_chosen": 1, "score_rejected": 0.5}] * 3) == {"1: 0.5 to 0.5": [0, 1, 2]}
-    assert evaluate.margin_groups([{"score_chosen": 1, "score_rejected": 0.5}, {}]) == {} == evaluate.policy_groups([{}])
-    none = [row | {"score_chosen": None, "policy_chosen": None} for row in rows]           # as a hub data set writes "not there"
-    write_rows(tmp_path / "test_pairs.jsonl", none)
-    assert evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=str(tmp_path)))["models"]["gvm"]["by_margin"] == {}
+    assert {label: len(numbers) for label, numbers in evaluate.group_rows(ties)["by_margin"].items()} == {"1: 1 to 1": 70, "2: 2 to 3": 30}
+    assert evaluate.group_rows([{"score_chosen": 1, "score_rejected": 0.5}, {}]) == {"by_margin": {}, "by_policy": {}}
 
 
-def test_no_sequence_is_scored_twice(gvm_run, gvm_args, monkeypatch):
-    """Atlas's pairs share answers: as many rows pass through the model as there are different ones, sorted by length."""
-    rows = read_lines(Path(gvm_args.data) / "test_pairs.jsonl")
-    seen, collate = [], evaluate.collate
+# ---- values ----
+def test_values_agrees_with_training(runs, values_args, tmp_path, capsys):
+    args = values_args(runs("gvm"), f"rm={runs('reward_model')}", output=str(tmp_path / "values.json"))
+    result = evaluate.evaluate_values(args)
+    gvm, reward_model = result["models"]["gvm"], result["models"]["rm"]
+    logged = read_lines(runs("gvm") / "metrics.jsonl")[-1]
+    found = {f"pair_accuracy/{name}": x["mean"] for name, x in gvm["pair_accuracy"].items() if name != "backup"}
+    assert found == pytest.approx({name: x for name, x in logged.items() if "pair_accuracy" in name}, abs=0.01)
+    assert set(reward_model["pair_accuracy"]) == {"last"}     # one score for an answer
+    logged = next(x for name, x in read_lines(runs("reward_model") / "metrics.jsonl")[-1].items() if "pair_accuracy" in name)
+    assert reward_model["pair_accuracy"]["last"]["mean"] == pytest.approx(logged, abs=0.01)
+    for x in (gvm, reward_model):
+        margins = x["by_margin"].values()
+        mean = sum(group["mean"] * group["pairs"] for group in margins) / x["pairs"]
+        assert mean == pytest.approx(x["pair_accuracy"][x["aggregate"]]["mean"]) and len(margins) == 4
+    assert json.loads((tmp_path / "values.json").read_text()) == result
+    assert "{mean:.3f} ({low:.3f}, {high:.3f})".format(**gvm["pair_accuracy"]["mean"]) in capsys.readouterr().out
+    fails(lambda: evaluate.evaluate_values(args), "values.json: exists")
 
-    def counted(sequences, *others):
-        seen.append([len(prompt) + len(response) for prompt, response in sequences])
-        return collate(sequences, *others)
 
-    monkeypatch.setattr(evaluate, "collate", counted)
-    evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=gvm_args.data, batch_size=10))
-    different = {(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")}
-    lengths = [length for batch in seen for length in batch]
-    assert len(lengths) == len(different) < 2 * len(rows) and lengths == sorted(lengths)
-
-
-def test_bellman_backup_against_a_loop():
-    generator = torch.Generator().manual_seed(3)
-    q, mask = torch.randn(4, 9, generator=generator, dtype=torch.float64), torch.zeros(4, 9, dtype=torch.bool)
-    for row, (start, end) in enumerate(((1, 9), (3, 4), (2, 7), (5, 8))):
-        mask[row, start:end] = True
+def test_bellman_backup_against_a_loop(random_batch):
+    mask, draw = random_batch
+    q = draw()
     for gamma, lam in ((1.0, 0.95), (1.0, 0.0), (1.0, 1.0), (0.9, 0.5)):
-        found = evaluate.bellman_backup(q, mask, gamma, lam)
-        for row in range(4):
-            values = q[row][mask[row]].tolist()
-            g = values[-1]                                    # G_T = Q_T
-            for value in reversed(values[:-1]):               # from G_{t+1} to the target of t
-                g = gamma * ((1 - lam) * values[values.index(value) + 1] + lam * g)
-            assert found[row].item() == pytest.approx(gamma * ((1 - lam) * values[0] + lam * g))
-    first, last = mask & ~torch.nn.functional.pad(mask[:, :-1], (1, 0)), evaluate.last_token(mask)
-    assert torch.equal(evaluate.bellman_backup(q, mask, 1.0, 1.0), q[last])
-    assert torch.equal(evaluate.bellman_backup(q, mask, 1.0, 0.0), q[first])
-    # Appendix B's rewards, Q_t - gamma Q_{t+1}, sum up to the first value.
-    q_next = torch.nn.functional.pad(torch.where(mask, q, 0.0)[:, 1:], (0, 1))
-    assert torch.allclose(torch.where(mask, q - q_next, 0.0).sum(-1), q[first])
+        for found, (b, start, end) in zip(evaluate.bellman_backup(q, mask, gamma, lam), responses(mask)):
+            g = q[b, end - 1].item()                          # G_T = Q_T
+            for value in reversed(q[b, start:end].tolist()):  # Q_{t+1}, for t = T - 1, ..., 0
+                g = gamma * ((1 - lam) * value + lam * g)
+            assert found.item() == pytest.approx(g)
 
 
-def test_values_reads_tau_first(gvm_run, gvm_args, tmp_path):
-    """A GVM that was trained behind tau: its answers are scored behind two answers of the same policy."""
-    model, tokenizer, _ = evaluate.load_value_model(str(gvm_run))
-    torch.nn.init.normal_(evaluate.value_head(model).weight)  # so that every token before matters
-    model.config.gvm["tau_pairs"] = 2
-    model.save_pretrained(tmp_path / "tau")
-    tokenizer.save_pretrained(tmp_path / "tau")
-    rows = read_lines(Path(gvm_args.data) / "test_pairs.jsonl")
-    args = evaluate.ValuesArgs(data=gvm_args.data)
-    _, behind, _, k = evaluate.score_pairs(str(tmp_path / "tau"), rows, args)
-    model.config.gvm["tau_pairs"] = 0
-    model.save_pretrained(tmp_path / "tau")
-    _, plain, _, _ = evaluate.score_pairs(str(tmp_path / "tau"), rows, args)
-    assert k == 2 and not torch.allclose(behind["mean"][0], plain["mean"][0])
+def test_a_critic_is_read_before_the_last_token(runs):
+    """PPO's critic is V(s_t); its value after the end of the answer was never trained."""
+    tokenizer = evaluate.load_tokenizer(str(runs("gvm")))
+    model = evaluate.load_model(evaluate.AutoModelForTokenClassification, runs("gvm"), tokenizer, 64, trained=True)
+    model.config.critic = True
+    prompt, response = evaluate.encode_prompt(tokenizer, "Is Malta an island?"), evaluate.encode_response(tokenizer, "Yes.")
+    value = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt):-1, 0]
+    scores = evaluate.score_answer(model, prompt, response, 1.0)
+    assert scores["last"] == scores["backup"] == pytest.approx(value[-1].item()) and scores["mean"] == pytest.approx(value.mean().item())
 
 
-def test_values_refuses(gvm_run, gvm_args, tmp_path):
-    model, tokenizer, _ = evaluate.load_value_model(str(gvm_run))
-    tokenizer.save_pretrained(tmp_path / "nan")
-    torch.nn.init.constant_(evaluate.value_head(model).weight, torch.nan)
-    model.save_pretrained(tmp_path / "nan")
-    three = evaluate.AutoModelForTokenClassification.from_pretrained(gvm_run, num_labels=3, ignore_mismatched_sizes=True)
-    tokenizer.save_pretrained(tmp_path / "three")
-    three.save_pretrained(tmp_path / "three")
-    tokenizer.chat_template = None
-    model.save_pretrained(tmp_path / "mute")
-    tokenizer.save_pretrained(tmp_path / "mute")
-    for name, message in (("nan", "values that are not finite"), ("three", "has 3 outputs per token"), ("mute", "no chat template")):
-        with pytest.raises(SystemExit, match=message):
-            evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(tmp_path / name)], data=gvm_args.data))
-    row = read_lines(Path(gvm_args.data) / "test_pairs.jsonl")[0]
-    for change, message in (({"policy_chosen": ["x"]}, '"policy_chosen" is empty or not a string'),
-                            ({"score_chosen": "high"}, '"score_chosen" is not a finite number'),
-                            ({"score_chosen": 1e308, "score_rejected": -1e308}, "its margin is not finite")):
-        write_rows(tmp_path / "data" / "test_pairs.jsonl", [row, row | change])
-        with pytest.raises(SystemExit, match=f"test_pairs.jsonl:2: {message}"):
-            evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=str(tmp_path / "data")))
-    with pytest.raises(SystemExit, match="given twice"):
-        evaluate.main(["values", "--models", "a", "--models", "b"])
-    for output, message in ((tmp_path, "is a folder"), (tmp_path / "data" / "test_pairs.jsonl" / "x.json", "cannot be written")):
-        with pytest.raises(SystemExit, match=message):
-            evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(gvm_run)], data=gvm_args.data, output=str(output), overwrite=True))
+def test_values_reads_tau_first(runs, values_args, tmp_path):
+    """A GVM that was trained with tau: its answers are scored after two answers of the same policy."""
+    tokenizer = evaluate.load_tokenizer(str(runs("gvm")))
+    model = evaluate.load_model(evaluate.AutoModelForTokenClassification, runs("gvm"), tokenizer, 64, trained=True)
+    tokenizer.save_pretrained(tmp_path / "gvm")
+    scores = []
+    for k in (0, 2):
+        model.config.gvm["tau_pairs"] = k
+        model.save_pretrained(tmp_path / "gvm")
+        scores.append(evaluate.score_pairs(str(tmp_path / "gvm"), values_args())[2]["mean"])
+    assert not torch.allclose(*scores)
 
 
-def test_rows_beyond_the_context_are_dropped(gvm_run, gvm_args, tmp_path):
-    model, tokenizer, _ = evaluate.load_value_model(str(gvm_run))
-    lengths = [max(len(evaluate.encode_prompt(tokenizer, row["prompt"])) + len(evaluate.encode_response(tokenizer, row[side]))
-                   for side in ("chosen", "rejected")) for row in read_lines(Path(gvm_args.data) / "test_pairs.jsonl")]
-    model.config.max_position_embeddings = sorted(lengths)[len(lengths) // 2]
-    model.save_pretrained(tmp_path / "short")
-    tokenizer.save_pretrained(tmp_path / "short")
-    found = evaluate.evaluate_values(evaluate.ValuesArgs(models=[str(tmp_path / "short")], data=gvm_args.data))["models"]["short"]
-    assert found["pairs"] == sum(n <= model.config.max_position_embeddings for n in lengths) < len(lengths)
+@pytest.mark.parametrize("pad", ["<|end|>", "<|user|>", None])
+def test_another_reward_model_reads_its_whole_chat_template(world, values_args, tmp_path, pad):
+    """A line end after the answer, as ChatML has it, is read too. The score is the class's own, whatever pads."""
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    tokenizer.chat_template += "{% if not add_generation_prompt %}{{ '\\n' }}{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    model = AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    model.config.pad_token_id = tokenizer.convert_tokens_to_ids(pad) if pad else None
+    model.save_pretrained(tmp_path / "theirs")
+    rows, dropped, scores = evaluate.score_pairs(str(tmp_path / "theirs"), values_args())
+    for row, (chosen, rejected) in zip(rows[:5], scores["last"].view(-1, 2)):
+        for side, score in (("chosen", chosen), ("rejected", rejected)):
+            messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[side]}]
+            ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=False)
+            assert tokenizer.decode(ids[0]).endswith("\n") and model(ids).logits.item() == pytest.approx(score.item(), abs=1e-5)
+    assert len(rows) == 160 and dropped == 0
 
 
-def test_kl_is_that_of_the_answer_alone(sft_run, dvpo_run, world, tmp_path):
-    """log pi - log pi_ref summed over one sampled answer, by hand; positive on average."""
-    args = evaluate.PolicyArgs(batch_size=4, max_response_length=8)
-    model, tokenizer = evaluate.load_chat_model(str(dvpo_run))
-    reference, _ = evaluate.load_chat_model(str(sft_run))
+def test_long_pairs_are_dropped_and_counted(runs, values_args):
+    tokenizer, args = evaluate.load_tokenizer(str(runs("gvm"))), values_args(max_length=40)
+    rows, dropped, _ = evaluate.score_pairs(str(runs("gvm")), args)
+    for row in rows:
+        lengths = [len(evaluate.encode_response(tokenizer, row[side])) for side in ("chosen", "rejected")]
+        assert len(row["prompt_ids"]) + max(lengths) <= 40
+    assert len(rows) + dropped == 160 and dropped > 0
+    fails(lambda: evaluate.score_pairs(str(runs("gvm")), values_args(max_length=3)), "no pair fits")
+
+
+# ---- policy ----
+def test_kl_is_that_of_the_answer_alone(runs):
+    """log pi - log pi_ref summed over sampled answers of different length, by hand; positive on average."""
+    tokenizer = evaluate.load_tokenizer(str(runs("dvpo")))
+    policy, reference = (evaluate.load_model(evaluate.AutoModelForCausalLM, runs("dvpo"), tokenizer, 64) for _ in range(2))
     with torch.no_grad():                                     # far enough from the reference to tell a sign
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    prompts = [evaluate.encode_prompt(tokenizer, text) for text in ("Is Malta an island?", "What is the capital of Cuba?")] * 2
-    torch.manual_seed(0)
-    found = evaluate.answer(model, reference, tokenizer, prompts, args)
-    for prompt, (response, kl) in zip(prompts, found):
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    prompt = evaluate.encode_prompt(tokenizer, "Is Malta an island?")
+    answers = evaluate.rollout(policy, [prompt] * 8, 12, policy.generation_config.eos_token_id)
+    answers = [answer[:5 + i] for i, answer in enumerate(answers)]
+    found = evaluate.log_ratios(policy, reference, prompt, answers)
+    for response, log_ratio in zip(answers, found):
         ids = torch.tensor([[*prompt, *response]])
         by_hand = sum((m(ids).logits[0].log_softmax(-1)[range(len(prompt) - 1, ids.shape[1] - 1), response].sum() * sign)
-                      for m, sign in ((model, 1), (reference, -1)))
-        assert kl == pytest.approx(by_hand.item(), abs=1e-3)
-    assert sum(kl for _, kl in found) > 0
+                      for m, sign in ((policy, 1), (reference, -1)))
+        assert log_ratio.item() == pytest.approx(by_hand.item(), abs=1e-3)
+    assert found.mean() > 0
 
 
-def test_a_failing_judge_loses_no_answer(sft_run, world, tmp_path):
-    (tmp_path / "judge.py").write_text("def judge(prompt, response):\n    raise SystemExit('no\\nmore')\n")
-    args = evaluate.PolicyArgs(models=[str(sft_run)], data=str(world / "data"), samples=1, judge=f"{tmp_path / 'judge.py'}:judge",
-                               output=str(tmp_path / "eval"), max_response_length=4)
-    with pytest.raises(SystemExit, match="SystemExit: no more"):
-        evaluate.evaluate_policy(args)
-    assert len(read_lines(tmp_path / "eval" / "answers.jsonl")) == len(read_lines(world / "data" / "test_prompts.jsonl"))
-    with pytest.raises(SystemExit, match="more than the context"):
-        evaluate.evaluate_policy(evaluate.PolicyArgs(**vars(args) | {"max_response_length": 600, "overwrite": True}))
-
-
-def test_a_critic_is_read_before_the_last_token(ppo_run, world):
-    """Its value behind EOS was never trained: another value there changes nothing."""
-    args = evaluate.ValuesArgs(models=[str(ppo_run / "critic")], data=str(world / "data"))
-    model, tokenizer, _ = evaluate.load_value_model(str(ppo_run / "critic"))
-    assert model.config.critic
-    sequences = [(evaluate.encode_prompt(tokenizer, "Is Malta an island?"), evaluate.encode_response(tokenizer, "Yes."))]
-    ids = torch.tensor([[*sequences[0][0], *sequences[0][1]]])
-    value = model(ids).logits[0, len(sequences[0][0]):, 0]
-    scores = evaluate.score_answers(model, sequences, args, tokenizer.pad_token_id)
-    assert scores["last"].item() == pytest.approx(value[-2].item()) and scores["mean"].item() == pytest.approx(value[:-1].mean().item())
-
-
-def test_outcomes():
-    scores = {"a": torch.tensor([1.0, 2.0, 3.0, torch.nan]), "b": torch.tensor([0.0, 2.0, 4.0, 1.0])}
-    table = evaluate.outcomes(scores)
-    assert table["a"]["b"] == {"win": 1 / 3, "tie": 1 / 3, "lose": 1 / 3, "pairs": 3} and set(table["b"]) == {"a"}
-
-
-def test_names():
-    assert evaluate.named(["runs/a/gvm", "large=runs/b/gvm/"]) == {"gvm": "runs/a/gvm", "large": "runs/b/gvm/"}
-    with pytest.raises(SystemExit, match="runs/a/gvm and runs/b/gvm are both called 'gvm'"):
-        evaluate.named(["runs/a/gvm", "runs/b/gvm"])
-
-
-def test_policy(sft_run, dvpo_run, world, tmp_path):
-    args = evaluate.PolicyArgs(models=[str(sft_run), str(dvpo_run)], data=str(world / "data"), samples=2,
-                               judge=str(ROOT / "atlas.py:oracle"), output=str(tmp_path / "eval"), max_response_length=12)
-    result = evaluate.evaluate_policy(args)
+def test_policy(policy_args, tmp_path):
+    result = evaluate.evaluate_policy(policy_args())
     lines = read_lines(tmp_path / "eval" / "answers.jsonl")
-    for name, run in (("sft", sft_run), ("dvpo", dvpo_run)):
+    for name in ("sft", "dvpo"):
         mine = [line for line in lines if line["model"] == name]
         assert len(mine) == 2 * result["models"][name]["prompts"]
         assert result["models"][name]["score"]["mean"] == pytest.approx(sum(line["score"] for line in mine) / len(mine))
-    assert result["models"]["sft"]["kl"]["mean"] == pytest.approx(0, abs=1e-6) != result["models"]["dvpo"]["kl"]["mean"]
+    assert result["models"]["sft"]["kl"]["mean"] == 0 != result["models"]["dvpo"]["kl"]["mean"]
     assert result["win_rate"]["sft"]["dvpo"]["mean"] + result["win_rate"]["dvpo"]["sft"]["mean"] == pytest.approx(1)
     shares = result["outcomes"]["dvpo"]["sft"]
     assert shares["win"] + shares["tie"] / 2 == pytest.approx(result["win_rate"]["dvpo"]["sft"]["mean"])
-    unjudged = evaluate.evaluate_policy(evaluate.PolicyArgs(**vars(args) | {"judge": "", "output": ""}))
+    assert json.loads((tmp_path / "eval" / "policy.json").read_text()) == result
+    unjudged = evaluate.evaluate_policy(policy_args(judge="", output=""))      # the same seed, the same samples
     assert unjudged["models"]["dvpo"]["kl"] == result["models"]["dvpo"]["kl"] and "score" not in unjudged["models"]["dvpo"]
-    again = evaluate.evaluate_policy(evaluate.PolicyArgs(**vars(args) | {"output": ""}))
-    assert again["models"] == result["models"]                                 # the same seed, the same samples
-    with pytest.raises(SystemExit, match="policy.json: exists already"):
-        evaluate.evaluate_policy(args)
+    fails(lambda: evaluate.evaluate_policy(policy_args()), "policy.json: exists")
+
+
+def test_bad_input(runs, values_args, policy_args, world, tmp_path):
+    def values(*models, **changes):
+        return lambda: evaluate.evaluate_values(values_args(*models, **changes))
+
+    def policy(**changes):
+        return lambda: evaluate.evaluate_policy(policy_args(**changes))
+
+    assert evaluate.named(["runs/a/gvm", "large=runs/b/gvm/"]) == {"gvm": "runs/a/gvm", "large": "runs/b/gvm/"}
+    row = read_lines(world / "data" / "test_pairs.jsonl")[0]
+    write_rows(tmp_path / "data" / "test_pairs.jsonl", [row, {name: x for name, x in row.items() if name != "rejected"}])
+    fails(values("runs/a/gvm", "runs/b/gvm"), "have the same name")
+    fails(values(runs("gvm"), data=str(tmp_path / "data")), "test_pairs.jsonl:2: .*rejected")
+    fails(values(runs("gvm"), data=str(tmp_path)), "test_pairs.jsonl: no such file")
+    fails(values(runs("sft")), "LlamaForCausalLM")
+    fails(policy(models=[str(runs("gvm"))]), "LlamaForTokenClassification")
+    fails(policy(max_prompt_length=3), "no prompt fits")
+    fails(policy(max_response_length=600), "too small for rows of")
+    fails(policy(judge="nowhere.py:f"), "no such file")
+    fails(policy(judge=f"{ROOT / 'data' / 'atlas.py'}:nobody"), "has no 'nobody'")
+    tokenizer = AutoTokenizer.from_pretrained(runs("sft"))
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(tmp_path / "other")
+    fails(policy(models=[str(runs("sft")), str(tmp_path / "other")]), "another tokenizer or chat template")
+    fails(lambda: evaluate.main(["nonsense"]), "values or policy")
+    assert not (tmp_path / "eval" / "policy.json").exists()
