@@ -86,7 +86,7 @@ def read_rows(data, split, *fields, tokenizer=None):
                 raise ValueError("empty or NaN")
             if tokenizer:
                 rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
-        except Exception as problem:                          # bad JSON, no such field, refused by the template
+        except Exception as problem:                          # bad JSON, no such field, no such template
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
     return rows
 
@@ -451,7 +451,7 @@ def parse_args(cls, argv):
     if argv and argv[0].endswith(".yaml"):
         settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
         argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):

@@ -42,7 +42,7 @@ MAX_GRAD_NORM = 1.0                                           # gradient clippin
 # For base models without a chat template. It is saved with the model: all stages write prompts alike.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}{{ m['role'] | capitalize }}: {{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n{% endfor %}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}Assistant: {% endif %}")
 
 
@@ -240,7 +240,7 @@ def parse_args(cls, argv):
     if argv and argv[0].endswith(".yaml"):
         settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
         argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):

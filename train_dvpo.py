@@ -470,7 +470,7 @@ def parse_args(cls, argv):
     if argv and argv[0].endswith(".yaml"):
         settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
         argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):

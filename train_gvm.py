@@ -203,8 +203,8 @@ def with_taus(rows, data, pools, args, step):
         rng = random.Random(f"{args.seed} {step} {row}")
         tau, drawn = draw_tau(prompt, data[row].sequence, pools[policy], args.tau_pairs, args.max_length, rng)
         sequences.append(([*tau, *prompt_ids], response_ids))
-        pairs += drawn / len(rows)
-    return sequences, pairs
+        pairs += drawn
+    return sequences, pairs / len(rows)
 
 
 def collate(sequences, pad_id):
@@ -402,7 +402,7 @@ def parse_args(cls, argv):
     if argv and argv[0].endswith(".yaml"):
         settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
         argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):

@@ -84,7 +84,7 @@ def read_rows(data, split, *fields, tokenizer=None):
                 raise ValueError("empty or NaN")
             if tokenizer:
                 rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
-        except Exception as problem:                          # bad JSON, no such field, refused by the template
+        except Exception as problem:                          # bad JSON, no such field, no such template
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
     return rows
 
@@ -128,16 +128,16 @@ def encode_response(tokenizer, response):
 
 
 def read_pairs(args, tokenizer, split):
-    """data/split.jsonl -> [(chosen, rejected), ...], each of them (prompt ids, response ids). A pair with a row
-    longer than max_length is dropped whole."""
-    rows, pairs = read_rows(args.data, split, "prompt", "chosen", "rejected"), []
+    """data/split.jsonl -> [(chosen, rejected), ...], each of the two (prompt ids, response ids). A pair goes
+    whole if one of its rows is longer than max_length."""
+    rows = read_rows(args.data, split, "prompt", "chosen", "rejected", tokenizer=tokenizer)
+    pairs = []
     for number, row in enumerate(rows, 1):
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
-        if chosen == rejected:
+        pair = [(row["prompt_ids"], encode_response(tokenizer, row[side])) for side in ("chosen", "rejected")]
+        if pair[0] == pair[1]:
             fail(f"{args.data}, {split}, row {number}: chosen and rejected are the same")
-        if len(prompt) + max(len(chosen), len(rejected)) <= args.max_length:
-            pairs.append(((prompt, chosen), (prompt, rejected)))
+        if all(sum(map(len, sequence)) <= args.max_length for sequence in pair):
+            pairs.append(pair)
     print(f"{split}: {len(rows)} rows; {len(rows) - len(pairs)} longer than --max_length dropped")
     return pairs
 
@@ -167,11 +167,11 @@ def row_order(n, batch_size, epochs, seed):
 
 # ---- 3. Loss: Bradley-Terry on the implicit reward ----
 def dpo_loss(chosen, rejected, label_smoothing):
-    """-E[(1 - e) * log sigmoid(margin) + e * log sigmoid(-margin)], e the label smoothing; the mean over pairs.
+    """-E[(1 - e) * log sigmoid(margin) + e * log sigmoid(-margin)], e the label smoothing.
 
-    chosen, rejected  (B,) float  implicit rewards, beta * (log pi(y | x) - log pi_ref(y | x)); margin is their
-                                  difference
-    Returns a scalar.
+    chosen, rejected  (B,) float  implicit rewards, beta * (log pi(y | x) - log pi_ref(y | x)) of the answers;
+                                  margin is their difference
+    Returns a scalar, the mean over the pairs.
     """
     assert chosen.shape == rejected.shape and chosen.dim() == 1
     margin = chosen - rejected
@@ -220,7 +220,7 @@ def main(args):
     for step in progress:
         started = time.time()
         mine = updates[step - 1, accelerator.process_index::accelerator.num_processes].tolist()
-        mine.sort(key=lambda row: max(sum(map(len, sequence)) for sequence in data[row]))      # little padding
+        mine.sort(key=lambda row: max(sum(map(len, sequence)) for sequence in data[row]))  # little padding
         rewards = []
         for start in range(0, len(mine), micro_size):
             sequences = [sequence for row in mine[start:start + micro_size] for sequence in data[row]]

@@ -17,7 +17,6 @@ Worked example: r = 1.5 for the chosen answer, 0.5 for the rejected one. P(chose
 
 Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
 """
-import copy
 import json
 import math
 import os
@@ -80,7 +79,7 @@ def read_rows(data, split, *fields, tokenizer=None):
                 raise ValueError("empty or NaN")
             if tokenizer:
                 rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
-        except Exception as problem:                          # bad JSON, no such field, refused by the template
+        except Exception as problem:                          # bad JSON, no such field, no such template
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
     return rows
 
@@ -124,16 +123,16 @@ def encode_response(tokenizer, response):
 
 
 def read_pairs(args, tokenizer, split):
-    """data/split.jsonl -> [(chosen, rejected), ...], each of them (prompt ids, response ids). A pair with a row
-    longer than max_length is dropped whole."""
-    rows, pairs = read_rows(args.data, split, "prompt", "chosen", "rejected"), []
+    """data/split.jsonl -> [(chosen, rejected), ...], each of the two (prompt ids, response ids). A pair goes
+    whole if one of its rows is longer than max_length."""
+    rows = read_rows(args.data, split, "prompt", "chosen", "rejected", tokenizer=tokenizer)
+    pairs = []
     for number, row in enumerate(rows, 1):
-        prompt = encode_prompt(tokenizer, row["prompt"])
-        chosen, rejected = encode_response(tokenizer, row["chosen"]), encode_response(tokenizer, row["rejected"])
-        if chosen == rejected:
+        pair = [(row["prompt_ids"], encode_response(tokenizer, row[side])) for side in ("chosen", "rejected")]
+        if pair[0] == pair[1]:
             fail(f"{args.data}, {split}, row {number}: chosen and rejected are the same")
-        if len(prompt) + max(len(chosen), len(rejected)) <= args.max_length:
-            pairs.append(((prompt, chosen), (prompt, rejected)))
+        if all(sum(map(len, sequence)) <= args.max_length for sequence in pair):
+            pairs.append(pair)
     print(f"{split}: {len(rows)} rows; {len(rows) - len(pairs)} longer than --max_length dropped")
     return pairs
 
@@ -163,11 +162,11 @@ def row_order(n, batch_size, epochs, seed):
 
 # ---- 3. Loss: Bradley-Terry ----
 def bradley_terry_loss(chosen, rejected):
-    """-E[log P(chosen is better)], P = sigmoid(r(x, y_chosen) - r(x, y_rejected)); E[.] is the mean over pairs.
+    """-E[log P(chosen is better)], P = sigmoid(r(x, y_chosen) - r(x, y_rejected)).
 
-    chosen, rejected  (B,) float  scores of the two answers. Only their difference is learned: zero and scale of
-                                  the scores are arbitrary
-    Returns a scalar.
+    chosen, rejected  (B,) float  scores of the two answers. Only their difference is learned: zero and scale
+                                  are arbitrary
+    Returns a scalar, the mean over the pairs.
     """
     assert chosen.shape == rejected.shape and chosen.dim() == 1
     return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
@@ -185,8 +184,8 @@ def sequence_scores(model, sequences, micro_size, pad_id):
     order = torch.tensor([len(prompt) + len(response) for prompt, response in sequences]).argsort()
     parts = []
     for rows in order.split(micro_size):                      # on all processes alike, as ZeRO-3 needs
-        ids, _, _ = collate([sequences[row] for row in rows], pad_id)
-        parts.append(model(input_ids=ids.to(model.device), use_cache=False).logits.squeeze(-1).float().cpu())
+        ids = collate([sequences[row] for row in rows], pad_id)[0].to(model.device)                # (rows, L)
+        parts.append(model(input_ids=ids, use_cache=False).logits.squeeze(-1).float().cpu())
     return torch.cat(parts)[order.argsort()]
 
 
@@ -195,7 +194,7 @@ def main(args):
     accelerator, micro_size = start_accelerator(args, args.batch_size)
     tokenizer = load_tokenizer(args.model)
     # The stock class reads the score at the last token that is not padding: END must not be the padding.
-    pad_id = next(token for token in (tokenizer.pad_token_id, *tokenizer.all_special_ids, 0, 1)
+    pad_id = next(token for token in (tokenizer.pad_token_id, *tokenizer.added_tokens_decoder, 0, 1)
                   if token != end_of_answer(tokenizer))
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
     data = read_pairs(args, tokenizer, "pairs")
@@ -205,7 +204,8 @@ def main(args):
     if not Path(args.data).is_dir() or Path(args.data, "test_pairs.jsonl").is_file():
         held_out = read_pairs(args, tokenizer, "test_pairs")
 
-    model = load_model(AutoModelForSequenceClassification, args.model, tokenizer, args.max_length, num_labels=1)
+    sizes = tokenizer, args.max_length
+    model = load_model(AutoModelForSequenceClassification, args.model, *sizes, num_labels=1)
     model.config.pad_token_id = pad_id
     head = getattr(model, "score", None) or model.classifier
     for parameter in head.parameters():
@@ -223,13 +223,13 @@ def main(args):
     for step in progress:
         started = time.time()
         mine = updates[step - 1, accelerator.process_index::accelerator.num_processes].tolist()
-        mine.sort(key=lambda row: max(sum(map(len, sequence)) for sequence in data[row]))      # little padding
+        mine.sort(key=lambda row: max(sum(map(len, sequence)) for sequence in data[row]))  # little padding
         scores = []
         for start in range(0, len(mine), micro_size):
             sequences = [sequence for row in mine[start:start + micro_size] for sequence in data[row]]
-            ids, _, _ = collate(sequences, pad_id)                                       # (2 * micro, L)
+            ids = collate(sequences, pad_id)[0].to(accelerator.device)                   # (2 * micro, L)
             with accelerator.accumulate(model):
-                score = model(input_ids=ids.to(accelerator.device), use_cache=False).logits.squeeze(-1).float()
+                score = model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()           # (2 * micro,)
                 # A mean over its pairs. Micro-batches and processes, over which gradients are averaged, have
                 # equally many pairs: it is the mean over the update, however that is divided.
                 loss = bradley_terry_loss(score[0::2], score[1::2])
@@ -253,14 +253,15 @@ def main(args):
         log_step(accelerator, output, record)
         if args.save_steps and step % args.save_steps == 0:
             save_checkpoint(accelerator, output, step)
-    # The scores' scale is arbitrary, but PPO and ReMax weigh them against a KL penalty: they divide by this.
-    some = row_order(len(data), min(len(data), 1024), 1, args.seed)[0]         # at random: a file may be sorted
-    score = sequence_scores(model.eval(), [sequence for row in some for sequence in data[row]], micro_size, pad_id)
+    # The scale of the scores is arbitrary, but PPO and ReMax weigh them against a KL penalty: they divide by it.
+    some = row_order(len(data), min(len(data), 1024), 1, args.seed)[0]       # at random: a file may be sorted
+    sequences = [sequence for row in some for sequence in data[row]]
+    score = sequence_scores(model.eval(), sequences, micro_size, pad_id)
     mean, std = score.mean().item(), score.std(correction=0).item() or 1.0
     accelerator.unwrap_model(model).config.reward_model = {"reward_mean": mean, "reward_std": std}
     save_run(accelerator, model, accelerator.get_state_dict(model), tokenizer, output,
              f"Scalar reward model, from {args.model}. `model(input_ids=ids).logits.squeeze(-1)` is r(x, y) of "
-             f"each row; on training answers its mean is {mean:.6g}, its standard deviation {std:.6g}.")
+             f"each row. Its mean over training answers is {mean:.6g}, its standard deviation {std:.6g}.")
     accelerator.end_training()
 
 
