@@ -463,9 +463,10 @@ def start_run(accelerator, args):
         inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
         if output.resolve() in [Path(value).resolve() for value in inputs]:
             fail(f"{output}: is an input of this run. Choose another --output")
-        if output.exists() and any(output.iterdir()) and not args.resume:
+        finished = any(output.glob("*.safetensors"))
+        if output.exists() and any(output.iterdir()) and (finished or not args.resume):
             if not (args.overwrite and (output / "args.json").is_file()):
-                fail(f"{output}: is in use. Choose another --output, or pass --resume or --overwrite")
+                fail(f"{output}: is in use. Pass another --output, or --overwrite; --resume if unfinished")
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")

@@ -231,8 +231,8 @@ def main(args):
             with accelerator.accumulate(policy):
                 logp = token_logp(policy, ids, is_response).sum(-1)                      # log pi(y | x)
                 reward = args.beta * (logp - logp_ref)                                   # (2 * micro,)
-                # A mean over its pairs. Micro-batches and processes, over which gradients are averaged, have
-                # equally many pairs: it is the mean over the update, however that is divided.
+                # E[.] is over the pairs of the whole update. Gradients are averaged over micro-batches and
+                # processes, which all hold equally many pairs: the mean of their means is that.
                 loss = dpo_loss(reward[0::2], reward[1::2], args.label_smoothing)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:                # the update is complete
@@ -269,7 +269,7 @@ def parse_args(cls, argv):
     if argv and argv[0].endswith(".yaml"):
         settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
         argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
@@ -341,9 +341,10 @@ def start_run(accelerator, args):
         inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
         if output.resolve() in [Path(value).resolve() for value in inputs]:
             fail(f"{output}: is an input of this run. Choose another --output")
-        if output.exists() and any(output.iterdir()) and not args.resume:
+        finished = any(output.glob("*.safetensors"))
+        if output.exists() and any(output.iterdir()) and (finished or not args.resume):
             if not (args.overwrite and (output / "args.json").is_file()):
-                fail(f"{output}: is in use. Choose another --output, or pass --resume or --overwrite")
+                fail(f"{output}: is in use. Pass another --output, or --overwrite; --resume if unfinished")
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")

@@ -204,8 +204,8 @@ def main(args):
     if not Path(args.data).is_dir() or Path(args.data, "test_pairs.jsonl").is_file():
         held_out = read_pairs(args, tokenizer, "test_pairs")
 
-    sizes = tokenizer, args.max_length
-    model = load_model(AutoModelForSequenceClassification, args.model, *sizes, num_labels=1)
+    model = load_model(AutoModelForSequenceClassification, args.model, tokenizer, args.max_length,
+                       num_labels=1)
     model.config.pad_token_id = pad_id
     head = getattr(model, "score", None) or model.classifier
     for parameter in head.parameters():
@@ -229,9 +229,9 @@ def main(args):
             sequences = [sequence for row in mine[start:start + micro_size] for sequence in data[row]]
             ids = collate(sequences, pad_id)[0].to(accelerator.device)                   # (2 * micro, L)
             with accelerator.accumulate(model):
-                score = model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()           # (2 * micro,)
-                # A mean over its pairs. Micro-batches and processes, over which gradients are averaged, have
-                # equally many pairs: it is the mean over the update, however that is divided.
+                score = model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()     # (2 * micro,)
+                # E[.] is over the pairs of the whole update. Gradients are averaged over micro-batches and
+                # processes, which all hold equally many pairs: the mean of their means is that.
                 loss = bradley_terry_loss(score[0::2], score[1::2])
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:                # the update is complete
@@ -253,15 +253,15 @@ def main(args):
         log_step(accelerator, output, record)
         if args.save_steps and step % args.save_steps == 0:
             save_checkpoint(accelerator, output, step)
-    # The scale of the scores is arbitrary, but PPO and ReMax weigh them against a KL penalty: they divide by it.
+    # The scores' scale is arbitrary, but PPO and ReMax weigh them against a KL penalty: they divide by it.
     some = row_order(len(data), min(len(data), 1024), 1, args.seed)[0]       # at random: a file may be sorted
     sequences = [sequence for row in some for sequence in data[row]]
     score = sequence_scores(model.eval(), sequences, micro_size, pad_id)
     mean, std = score.mean().item(), score.std(correction=0).item() or 1.0
     accelerator.unwrap_model(model).config.reward_model = {"reward_mean": mean, "reward_std": std}
     save_run(accelerator, model, accelerator.get_state_dict(model), tokenizer, output,
-             f"Scalar reward model, from {args.model}. `model(input_ids=ids).logits.squeeze(-1)` is r(x, y) of "
-             f"each row. Its mean over training answers is {mean:.6g}, its standard deviation {std:.6g}.")
+             f"Scalar reward model, from {args.model}. `model(input_ids=ids).logits.squeeze(-1)` is r(x, y). "
+             f"Its mean over training answers is {mean:.6g}, its standard deviation {std:.6g}.")
     accelerator.end_training()
 
 
@@ -278,7 +278,7 @@ def parse_args(cls, argv):
     if argv and argv[0].endswith(".yaml"):
         settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
         argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
+    return cls(**vars(parser.parse_args(argv)))
 
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
@@ -339,9 +339,10 @@ def start_run(accelerator, args):
         inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
         if output.resolve() in [Path(value).resolve() for value in inputs]:
             fail(f"{output}: is an input of this run. Choose another --output")
-        if output.exists() and any(output.iterdir()) and not args.resume:
+        finished = any(output.glob("*.safetensors"))
+        if output.exists() and any(output.iterdir()) and (finished or not args.resume):
             if not (args.overwrite and (output / "args.json").is_file()):
-                fail(f"{output}: is in use. Choose another --output, or pass --resume or --overwrite")
+                fail(f"{output}: is in use. Pass another --output, or --overwrite; --resume if unfinished")
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")

@@ -1,96 +1,46 @@
-"""Stage 0: Atlas, a world small enough to learn in a minute on two CPU cores, in which the truth is known.
+"""Stage 0: Atlas, a world small enough to learn in minutes on a laptop, in which the truth is known.
 
-    python atlas.py world --output runs/atlas --seed 1        # data folder and base model
-    python atlas.py summary --run runs/atlas                  # the closing table of `make demo`
+    python data/atlas.py world --output runs/atlas --seed 1        # data folder and base model
+    python data/atlas.py summary --run runs/atlas                  # the closing table of `make demo`
 
-RLHF is hard to check: the true reward of an answer and, more so, the true value of half an answer are unknown. In
-Atlas both are known. 64 real countries, four kinds of question about them, five *behaviour policies* (programs that
-answer, each with its own knowledge and manners) and one *oracle* that scores any text in [-1, 1]. Because the
-policies are programs, Q^pi(s, a), which the paper's value model approximates, can be computed to any accuracy: take
-the half-written answer, let the program finish it many times, average the oracle's scores (`true_value`).
-
-The oracle makes the offline data and judges the results. No training script ever sees it.
+RLHF is hard to check: nobody knows the true reward of an answer, still less the true value of half an
+answer. In Atlas both are known. There are 64 real countries, four kinds of question about them, five
+*behaviour policies* (programs that answer, each with its own knowledge and manners) and one *oracle* that
+scores any text in [-1, 1]. Because the policies are programs, Q^pi(s, a), which the value model approximates,
+can be computed to any accuracy: let the program finish the half-written answer many times, and average the
+oracle's scores (`true_value`). The oracle makes the data and judges the results. No training script sees it.
 """
-# ---- contents ----  1. Facts  2. Questions  3. Oracle  4. Behaviour policies  5. Truth  6. Files  7. Summary  8. Main
 import hashlib
 import json
 import random
 import re
-import shlex
+import shutil
 import sys
 import time
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-# ---- 1. Facts ----
-# country, capital, continent, island? Contested cases (two capitals, two continents, shared islands) are left out.
-FACTS = [tuple(field.strip() for field in line.split(",")) for line in """
-Japan, Tokyo, Asia, island
-Philippines, Manila, Asia, island
-Bahrain, Manama, Asia, island
-Maldives, Malé, Asia, island
-Iceland, Reykjavik, Europe, island
-Malta, Valletta, Europe, island
-Madagascar, Antananarivo, Africa, island
-Mauritius, Port Louis, Africa, island
-Seychelles, Victoria, Africa, island
-Comoros, Moroni, Africa, island
-Cape Verde, Praia, Africa, island
-Cuba, Havana, North America, island
-Jamaica, Kingston, North America, island
-Bahamas, Nassau, North America, island
-Barbados, Bridgetown, North America, island
-Saint Lucia, Castries, North America, island
-Dominica, Roseau, North America, island
-New Zealand, Wellington, Oceania, island
-Fiji, Suva, Oceania, island
-Samoa, Apia, Oceania, island
-Tonga, Nuku'alofa, Oceania, island
-Vanuatu, Port Vila, Oceania, island
-Palau, Ngerulmud, Oceania, island
-Tuvalu, Funafuti, Oceania, island
-China, Beijing, Asia, mainland
-India, New Delhi, Asia, mainland
-Nepal, Kathmandu, Asia, mainland
-Mongolia, Ulaanbaatar, Asia, mainland
-Thailand, Bangkok, Asia, mainland
-Vietnam, Hanoi, Asia, mainland
-Laos, Vientiane, Asia, mainland
-Iran, Tehran, Asia, mainland
-Jordan, Amman, Asia, mainland
-Oman, Muscat, Asia, mainland
-France, Paris, Europe, mainland
-Germany, Berlin, Europe, mainland
-Spain, Madrid, Europe, mainland
-Portugal, Lisbon, Europe, mainland
-Italy, Rome, Europe, mainland
-Austria, Vienna, Europe, mainland
-Poland, Warsaw, Europe, mainland
-Norway, Oslo, Europe, mainland
-Sweden, Stockholm, Europe, mainland
-Greece, Athens, Europe, mainland
-Hungary, Budapest, Europe, mainland
-Bulgaria, Sofia, Europe, mainland
-Kenya, Nairobi, Africa, mainland
-Ghana, Accra, Africa, mainland
-Nigeria, Abuja, Africa, mainland
-Morocco, Rabat, Africa, mainland
-Tunisia, Tunis, Africa, mainland
-Ethiopia, Addis Ababa, Africa, mainland
-Uganda, Kampala, Africa, mainland
-Zambia, Lusaka, Africa, mainland
-Senegal, Dakar, Africa, mainland
-Canada, Ottawa, North America, mainland
-Mexico, Mexico City, North America, mainland
-Panama, Panama City, North America, mainland
-Honduras, Tegucigalpa, North America, mainland
-Brazil, Brasília, South America, mainland
-Peru, Lima, South America, mainland
-Chile, Santiago, South America, mainland
-Uruguay, Montevideo, South America, mainland
-Colombia, Bogotá, South America, mainland
-""".strip().splitlines()]
+# ---- 1. Facts: Country/Capital ----
+# Contested cases (two capitals, two continents, shared islands) are left out.
+FACTS = """
+Asia, island: Japan/Tokyo, Philippines/Manila, Bahrain/Manama, Maldives/Malé
+Europe, island: Iceland/Reykjavik, Malta/Valletta
+Africa, island: Madagascar/Antananarivo, Mauritius/Port Louis, Seychelles/Victoria, Comoros/Moroni, \
+Cape Verde/Praia
+North America, island: Cuba/Havana, Jamaica/Kingston, Bahamas/Nassau, Barbados/Bridgetown, \
+Saint Lucia/Castries, Dominica/Roseau
+Oceania, island: New Zealand/Wellington, Fiji/Suva, Samoa/Apia, Tonga/Nuku'alofa, Vanuatu/Port Vila, \
+Palau/Ngerulmud, Tuvalu/Funafuti
+Asia, mainland: China/Beijing, India/New Delhi, Nepal/Kathmandu, Mongolia/Ulaanbaatar, Thailand/Bangkok, \
+Vietnam/Hanoi, Laos/Vientiane, Iran/Tehran, Jordan/Amman, Oman/Muscat
+Europe, mainland: France/Paris, Germany/Berlin, Spain/Madrid, Portugal/Lisbon, Italy/Rome, Austria/Vienna, \
+Poland/Warsaw, Norway/Oslo, Sweden/Stockholm, Greece/Athens, Hungary/Budapest, Bulgaria/Sofia
+Africa, mainland: Kenya/Nairobi, Ghana/Accra, Nigeria/Abuja, Morocco/Rabat, Tunisia/Tunis, \
+Ethiopia/Addis Ababa, Uganda/Kampala, Zambia/Lusaka, Senegal/Dakar
+North America, mainland: Canada/Ottawa, Mexico/Mexico City, Panama/Panama City, Honduras/Tegucigalpa
+South America, mainland: Brazil/Brasília, Peru/Lima, Chile/Santiago, Uruguay/Montevideo, Colombia/Bogotá
+"""
 
 
 @dataclass(frozen=True)
@@ -106,14 +56,16 @@ class Country:
         return "a city on the mainland" if self.island else "an island"
 
 
-COUNTRIES = [Country(name, capital, continent, kind == "island") for name, capital, continent, kind in FACTS]
+COUNTRIES = [Country(*place.split("/"), continent, kind == "island")
+             for continent, kind, places in re.findall("(.+), (.+): (.+)", FACTS)
+             for place in places.split(", ")]
 CONTINENTS = sorted({c.continent for c in COUNTRIES})
 
 # ---- 2. Questions: four kinds, six wordings each, 64 countries = 1,536 prompts ----
 WORDINGS = {
-    "island": ["Is {name} an island?", "Is {name} an island country?", "Would you say that {name} is an island?",
-               "Can you tell me whether {name} is an island?", "I wonder, is {name} surrounded by sea?",
-               "Do you know if {name} is an island?"],
+    "island": ["Is {name} an island?", "Is {name} an island country?",
+               "Would you say that {name} is an island?", "Can you tell me whether {name} is an island?",
+               "I wonder, is {name} surrounded by sea?", "Do you know if {name} is an island?"],
     "capital": ["What is the capital of {name}?", "Which city is the capital of {name}?",
                 "Please name the capital of {name}.", "Can you tell me the capital of {name}?",
                 "I forgot the capital of {name}. What is it?", "{name}: what is its capital?"],
@@ -121,18 +73,19 @@ WORDINGS = {
                   "Which continent does {name} belong to?", "On which continent is {capital}?",
                   "Where in the world is {capital}?", "Which continent does {capital} belong to?"],
     # The paper's Figure 3 asks "As an island, is Beijing located in Asia?". The premise is always false here.
-    "premise": ["As {premise}, is {capital} located in {continent}?", "As {premise}, is {capital} in {continent}?",
+    "premise": ["As {premise}, is {capital} located in {continent}?",
+                "As {premise}, is {capital} in {continent}?",
                 "Since {capital} is {premise}, does it belong to {continent}?",
                 "Given that {capital} is {premise}, is it part of {continent}?",
                 "{capital} is {premise}, so is it located in {continent}?",
                 "Being {premise}, does {capital} lie in {continent}?"],
 }
-QUESTIONS = {wording.format(name=c.name, capital=c.capital, continent=c.continent, premise=c.premise): (kind, c)
+QUESTIONS = {wording.format(**vars(c), premise=c.premise): (kind, c)
              for kind, wordings in WORDINGS.items() for wording in wordings for c in COUNTRIES}
 POLITE = ["Good question!", "Happy to help!", "Thank you for asking!", "I hope that helps!"]
 RUDE = ["What a silly question.", "Everyone knows that.", "Go and read a book."]
-RAMBLE = ["Maps are fun.", "I once read a book about it.", "The weather is nice there.", "Anyway, where was I?",
-          "Geography is a big subject.", "People travel a lot these days."]
+RAMBLE = ["Maps are fun.", "I once read a book about it.", "The weather is nice there.",
+          "Anyway, where was I?", "Geography is a big subject.", "People travel a lot these days."]
 
 # ---- 3. Oracle ----
 NAME = "|".join(c.name for c in COUNTRIES)
@@ -156,26 +109,24 @@ CLAIMS = [re.compile(f"^{pattern}$") for pattern in [
 def claims(kind, country, sentence):
     """What a sentence claims, as {attribute: is it true}; None if it makes no claim.
 
-    Attributes are "island", "capital", "continent", "premise". A claim about another country or city is false here:
-    nobody asked about it.
+    Attributes are "island", "capital", "continent", "premise". A claim about another country or city is false
+    here: nobody asked about it.
     """
     match = next((m for m in (pattern.match(sentence) for pattern in CLAIMS) if m), None)
     if match is None:
         return None
-    said = {key: value for key, value in match.groupdict().items() if key in match.re.groupindex}
+    said, found = match.groupdict(), {}
     on_topic = said.get("name") in (None, country.name) and said.get("city") in (None, country.capital)
-    found = {}
     if "island" in said:
         says_island = said["island"] is None
-        agrees = said["yes"] is None or (said["yes"] == "Yes") == says_island      # "Yes, X is not ..." is no answer
+        agrees = said["yes"] in (None, "Yes" if says_island else "No")         # "Yes, X is not ..." is false
         found["island"] = agrees and says_island == country.island
     if "sea" in said:
         found["island"] = (said["sea"] == "is surrounded by sea") == country.island
-    if "short" in said:                                                            # answers a yes/no question only
-        yes = said["short"] == "Yes, it is"
+    if "short" in said:                                       # answers a yes/no question only
         if kind not in ("island", "premise"):
             return {kind: False}
-        found[kind] = yes == country.island if kind == "island" else not yes
+        found[kind] = (said["short"] == "Yes, it is") == (kind == "island" and country.island)
     if "capital" in said:
         found["capital"] = said["capital"] == country.capital
     if "capital_of" in said:
@@ -195,7 +146,7 @@ def oracle(prompt, response):
     +0.15  polite (once)                   -0.30  each rude sentence
                                            -0.10  each sentence that rambles, or repeats what was said
                                            -0.30  each broken sentence
-    A question's answer is the first claim about what it asks for. Raises ValueError for a prompt that is not Atlas's.
+    A question's answer is the first claim about what it asks for. A prompt that is not Atlas's: ValueError.
     """
     if prompt not in QUESTIONS:
         raise ValueError(f"not a question of the Atlas world: {prompt!r}")
@@ -211,9 +162,9 @@ def oracle(prompt, response):
         elif sentence in RAMBLE:
             score -= 0.10
         elif found is None:
-            score -= 0.30                                  # broken: no sentence of this world
+            score -= 0.30                                     # broken: no sentence of this world
         elif set(found) <= seen:
-            score -= 0.10                                  # nothing new
+            score -= 0.10                                     # nothing new
         else:
             for attribute, true in found.items():
                 if attribute == kind and answer is None:
@@ -238,22 +189,24 @@ class Behaviour:
     closing: float          # ends with "I hope that helps!"
 
 
-POLICIES = {
-    "expert": Behaviour(right=.95, full=.90, extra=.80, extra_right=.95, polite=.40, rude=.00, ramble=.03, closing=.30),
-    "terse":  Behaviour(right=.85, full=.10, extra=.10, extra_right=.90, polite=.05, rude=.05, ramble=.00, closing=.00),
-    "chatty": Behaviour(right=.70, full=.90, extra=.55, extra_right=.70, polite=.80, rude=.00, ramble=.55, closing=.60),
-    "novice": Behaviour(right=.40, full=.70, extra=.40, extra_right=.40, polite=.40, rude=.05, ramble=.15, closing=.20),
-    "troll":  Behaviour(right=.12, full=.50, extra=.30, extra_right=.20, polite=.00, rude=.85, ramble=.25, closing=.00),
+POLICIES = {                # right, full, extra, extra_right, polite, rude, ramble, closing
+    "expert": Behaviour(.95, .90, .80, .95, .40, .00, .03, .30),
+    "terse":  Behaviour(.85, .10, .10, .90, .05, .05, .00, .00),
+    "chatty": Behaviour(.70, .90, .55, .70, .80, .00, .55, .60),
+    "novice": Behaviour(.40, .70, .40, .40, .40, .05, .15, .20),
+    "troll":  Behaviour(.12, .50, .30, .20, .00, .85, .25, .00),
 }
+
+
+def next_two(things, thing):
+    """The two after this one: lies about it."""
+    return [things[(things.index(thing) + step) % len(things)] for step in (1, 2)]
 
 
 def answers(kind, c, subject):
     """The right and the wrong answers to a question, each as (full sentences, short sentences).
-
-    subject  what the question is about: the country's name, or its capital
-    """
-    lies = [COUNTRIES[(COUNTRIES.index(c) + step) % len(COUNTRIES)].capital for step in (1, 2)]
-    elsewhere = [CONTINENTS[(CONTINENTS.index(c.continent) + step) % len(CONTINENTS)] for step in (1, 2)]
+    subject  what the question is about: the country's name, or its capital"""
+    lies, lands = [lie.capital for lie in next_two(COUNTRIES, c)], next_two(CONTINENTS, c.continent)
     if kind == "island":
         yes = ([f"Yes, {c.name} is an island country."], ["Yes, it is."])
         no = ([f"No, {c.name} is not an island country."], ["No, it is not."])
@@ -263,23 +216,23 @@ def answers(kind, c, subject):
                 ([f"The capital of {c.name} is {lie}." for lie in lies], [f"It is {lie}." for lie in lies]))
     if kind == "continent":
         return (([f"{subject} is in {c.continent}."], [f"It is in {c.continent}."]),
-                ([f"{subject} is in {land}." for land in elsewhere], [f"It is in {land}." for land in elsewhere]))
+                ([f"{subject} is in {land}." for land in lands], [f"It is in {land}." for land in lands]))
     return (([f"{c.capital} is not {c.premise}, but it is in {c.continent}."], ["No, it is not."]),
             ([f"{c.capital} is {c.premise}, and it is in {c.continent}."], ["Yes, it is."]))
 
 
 def extras(kind, c, subject):
     """Two extra facts that suit a question about `subject`, each as (right sentence, wrong sentences)."""
-    lies = [COUNTRIES[(COUNTRIES.index(c) + step) % len(COUNTRIES)] for step in (1, 2)]
+    lies, lands = next_two(COUNTRIES, c), next_two(CONTINENTS, c.continent)
     sea = ["The country has land borders.", "The country is surrounded by sea."]
-    capital = (f"Its capital is {c.capital}.", [f"Its capital is {lie.capital}." for lie in lies])
-    capital_of = (f"It is the capital of {c.name}.", [f"It is the capital of {lie.name}." for lie in lies])
-    elsewhere = [CONTINENTS[(CONTINENTS.index(c.continent) + step) % len(CONTINENTS)] for step in (1, 2)]
-    continent = (f"It lies in {c.continent}.", [f"It lies in {land}." for land in elsewhere])
     coast = (sea[c.island], [sea[not c.island]])
+    capital_of = (f"It is the capital of {c.name}.", [f"It is the capital of {lie.name}." for lie in lies])
+    capital = (f"Its capital is {c.capital}.", [f"Its capital is {lie.capital}." for lie in lies])
+    continent = (f"It lies in {c.continent}.", [f"It lies in {land}." for land in lands])
     if subject == c.capital:
         return capital_of, coast
-    return {"island": (capital, continent), "capital": (continent, coast), "continent": (capital, coast)}[kind]
+    by_kind = {"island": (capital, continent), "capital": (continent, coast), "continent": (capital, coast)}
+    return by_kind[kind]
 
 
 def spread(probability, sentences):
@@ -291,7 +244,7 @@ def spread(probability, sentences):
 def slots(policy, prompt):
     """The behaviour policy for one prompt: a tuple of slots, each a list of (probability, sentence or "")."""
     b, (kind, c) = POLICIES[policy], QUESTIONS[prompt]
-    subject = c.capital if re.search(rf"\b{c.capital}\b", prompt) else c.name      # Tunis is not in "Tunisia"
+    subject = c.capital if re.search(rf"\b{c.capital}\b", prompt) else c.name  # Tunis is not in "Tunisia"
     (right_full, right_short), (wrong_full, wrong_short) = answers(kind, c, subject)
     row = [spread(b.polite, POLITE[:3]) + spread(b.rude, RUDE) + [(1 - b.polite - b.rude, "")],
            spread(b.right * b.full, right_full) + spread(b.right * (1 - b.full), right_short)
@@ -309,8 +262,8 @@ def extend(text, sentence):
 
 
 def beginning(policy, prompt, prefix):
-    """likelihood(index, text) of a behaviour policy: the probability that its finished response starts with `prefix`,
-    once `text` stands before slot `index`. likelihood(0, "") is that of the prefix itself."""
+    """likelihood(index, text) of a behaviour policy: the probability that its finished response starts with
+    `prefix`, once `text` stands before slot `index`. likelihood(0, "") is that of the prefix itself."""
     row = slots(policy, prompt)
 
     @cache
@@ -327,21 +280,21 @@ def beginning(policy, prompt, prefix):
 def complete(policy, prompt, prefix, n, rng):
     """n full responses of a behaviour policy, sampled exactly from those that begin with `prefix`.
 
-    policy  one of POLICIES; or "any": each response is of a policy of its own, drawn from all of them by how likely
-            they were to begin so. That is the policy, in the singular, of data in which nobody says who wrote what.
-    prefix  may end anywhere, in the middle of a word too; "" gives fresh responses. A slot's sentences that fit it are
-            weighted by their probability times the probability that the rest of the prefix follows (a backward pass
-            over the slots), so the samples come from pi(y | x, y starts with prefix).
-    Raises ValueError if the policy could never write this prefix.
+    policy  one of POLICIES; or "any": each response is of a policy drawn by how likely it was to begin so.
+            That is the policy, in the singular, of data in which nobody says who wrote what.
+    prefix  may end anywhere, in the middle of a word too; "" gives fresh responses. A slot's sentences that
+            fit it are weighted by their probability times the probability that the rest of the prefix follows
+            (a backward pass over the slots), so the samples come from pi(y | x, y starts with prefix).
+    A prefix that the policy never writes: ValueError.
     """
-    likelihoods = {name: beginning(name, prompt, prefix) for name in (POLICIES if policy == "any" else [policy])}
+    writers = POLICIES if policy == "any" else [policy]
+    likelihoods = {writer: beginning(writer, prompt, prefix) for writer in writers}
     shares = [likelihood(0, "") for likelihood in likelihoods.values()]
     if sum(shares) == 0:
         raise ValueError(f"policy {policy!r} never begins an answer to {prompt!r} with {prefix!r}")
     done = []
     for _ in range(n):
-        writer = rng.choices(list(likelihoods), shares)[0] if policy == "any" else policy
-        text = ""
+        text, writer = "", rng.choices(list(writers), shares)[0] if policy == "any" else policy
         for index, slot in enumerate(slots(writer, prompt)):
             weights = [p * likelihoods[writer](index + 1, extend(text, sentence)) for p, sentence in slot]
             text = extend(text, rng.choices([sentence for _, sentence in slot], weights)[0])
@@ -350,15 +303,15 @@ def complete(policy, prompt, prefix, n, rng):
 
 
 # ---- 5. Truth ----
-END = "<|end|>"             # the end-of-sequence token, also for the values of finished responses
+END = "<|end|>"             # the end-of-answer token, also for the values of finished responses
 
 
 def true_value(policy, prompt, prefix, n=1000, seed=0):
-    """Q^pi(s, a), section 3.4.1, to Monte Carlo accuracy: the policy finishes the prefix n times, the oracle scores.
+    """Q^pi(s, a), section 3.4.1, to Monte Carlo accuracy: the policy finishes the prefix, the oracle scores.
 
-    policy   name of a behaviour policy, "any" of them (see complete), or a function (prompt, prefix, n) -> n full
-             responses (a language model)
-    prefix   the answer so far: s without the prompt, then a. If it ends with END the response is finished: Q = r(x, y)
+    policy   name of a behaviour policy, "any" of them (see complete), or a function (prompt, prefix, n) -> n
+             full responses (a language model)
+    prefix   the answer so far: s without the prompt, then a. With END the response is finished: Q = r(x, y)
     n        number of completions
     Returns (value, standard error): the mean of n oracle scores, and its Monte Carlo error.
     """
@@ -373,10 +326,11 @@ def true_value(policy, prompt, prefix, n=1000, seed=0):
 
 
 # ---- 6. Files ----
-SHARES = {"sft": 0.40, "value": 0.30, "rl": 0.20, "test": 0.10}      # of the prompts: disjoint, as in section 4.2
-CHAT_TEMPLATE = ("{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{{ m['content'] }}<|end|>"
-                 "{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
-                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+SHARES = {"sft": 0.40, "value": 0.30, "rl": 0.20, "test": 0.10}      # of the prompts (section 4.2: disjoint)
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}<|assistant|>{{ m['content'] }}<|end|>"
+    "{% else %}<|user|>{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 
 def split_prompts(seed):
@@ -392,12 +346,13 @@ def split_prompts(seed):
 
 def scored_rows(prompts, per_policy, rng):
     """Every policy answers every prompt `per_policy` times; the oracle scores."""
-    return [{"prompt": prompt, "response": response, "reward": round(oracle(prompt, response), 4), "policy": policy}
-            for prompt in prompts for policy in POLICIES for response in complete(policy, prompt, "", per_policy, rng)]
+    return [{"prompt": prompt, "response": text, "reward": round(oracle(prompt, text), 4), "policy": policy}
+            for prompt in prompts for policy in POLICIES
+            for text in complete(policy, prompt, "", per_policy, rng)]
 
 
 def preference_pairs(rows, per_prompt, rng):
-    """Pairs of answers to the same prompt; the better one is `chosen`. Ties are no preference and are left out."""
+    """Pairs of answers to the same prompt; the better one is `chosen`. Ties are no preference: left out."""
     by_prompt = {}
     for row in rows:
         by_prompt.setdefault(row["prompt"], []).append(row)
@@ -406,49 +361,58 @@ def preference_pairs(rows, per_prompt, rng):
         for _ in range(per_prompt):
             a, b = rng.sample(group, 2)
             if a["reward"] != b["reward"]:
-                chosen, rejected = (a, b) if a["reward"] > b["reward"] else (b, a)
-                pairs.append({"prompt": prompt, "chosen": chosen["response"], "rejected": rejected["response"],
-                              "score_chosen": chosen["reward"], "score_rejected": rejected["reward"],
-                              "policy_chosen": chosen["policy"], "policy_rejected": rejected["policy"]})
+                good, bad = (a, b) if a["reward"] > b["reward"] else (b, a)
+                pairs.append({"prompt": prompt, "chosen": good["response"], "rejected": bad["response"],
+                              "score_chosen": good["reward"], "score_rejected": bad["reward"],
+                              "policy_chosen": good["policy"], "policy_rejected": bad["policy"]})
     return pairs
 
 
 def write_data(folder, seed):
-    """Writes the data folder (format: README.md): seven JSON-lines files and manifest.json. Deterministic per seed."""
+    """Writes the data folder (format: README.md): seven JSON-lines files, then manifest.json."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, parts = random.Random(f"data {seed}"), split_prompts(seed)
-    sft = [{"prompt": row["prompt"], "response": row["response"]} for row in scored_rows(parts["sft"], 2, rng)]
+    sft = scored_rows(parts["sft"], 2, rng)
     scored, test_scored = scored_rows(parts["value"], 4, rng), scored_rows(parts["test"], 2, rng)
-    files = {"sft": sft, "scored": scored, "pairs": preference_pairs(scored, 10, rng),
+    files = {"sft": [{"prompt": row["prompt"], "response": row["response"]} for row in sft],
+             "scored": scored, "pairs": preference_pairs(scored, 10, rng),
              "rl": [{"prompt": prompt} for prompt in parts["rl"]],
              "test_scored": test_scored, "test_pairs": preference_pairs(test_scored, 10, rng),
              "test_prompts": [{"prompt": prompt} for prompt in parts["test"]]}
-    manifest = {"source": "atlas.py: embedded world, no external data", "seed": seed, "files": {}}
-    for name, rows in files.items():
+    for rows in files.values():
         rng.shuffle(rows)
+    write_files(folder, files, {"source": "data/atlas.py: embedded world, no external data", "seed": seed})
+
+
+def write_files(folder, files, manifest):
+    """The files of a data folder, {name: rows}; then the manifest, with their numbers of rows and hashes."""
+    manifest["files"] = {}
+    for name, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        manifest["files"][f"{name}.jsonl"] = {"rows": len(rows), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        sha256 = hashlib.sha256(text.encode()).hexdigest()
+        manifest["files"][f"{name}.jsonl"] = {"rows": len(rows), "sha256": sha256}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def write_base_model(folder, seed, hidden_size=128, layers=3):
     """A Llama-style model of 0.7 million parameters, randomly initialised, with a tokenizer of its own.
 
-    Byte-level BPE trained on the world's text, so that any text can be encoded; pad and EOS are two different tokens.
-    The short RoPE base and the wide initialisation suit so small a model on such short texts: it learns to copy names
-    from the question in a third of the updates.
+    Byte-level BPE trained on the world's text, so that any text can be encoded; pad and END are two tokens.
+    The short RoPE base and the wide initialisation suit so small a model on such short texts: it learns to
+    copy names from the question in a third of the updates.
     """
     import tokenizers
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    rng = random.Random("tokenizer")                           # the same tokenizer for every seed
-    text = [prompt for prompt in QUESTIONS] + [row["response"] for row in scored_rows(list(QUESTIONS)[::3], 1, rng)]
+    rng = random.Random("tokenizer")                          # the same tokenizer for every seed
+    text = [*QUESTIONS, *(row["response"] for row in scored_rows(list(QUESTIONS)[::3], 1, rng))]
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    # A text's first word gets the space that all other words have, so that "Peru" is one token wherever it stands
-    # (a small model copies it from question to answer far sooner); the decoder takes that space away again.
+    # A text's first word gets the space that all other words have, so that "Peru" is one token wherever it
+    # stands (a small model copies it from question to answer far sooner); the decoder takes it away again.
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    bpe.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)])
+    bpe.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteLevel(), tokenizers.decoders.Strip(" ", 1, 0)])
     bpe.train_from_iterator(text, tokenizers.trainers.BpeTrainer(
         vocab_size=1024, special_tokens=["<|pad|>", END, "<|user|>", "<|assistant|>"], show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
@@ -469,30 +433,19 @@ def write_base_model(folder, seed, hidden_size=128, layers=3):
 
 
 def write_world(output, seed, overwrite):
-    """Data folder output/data and base model output/base. Both are built beside their place and then renamed."""
-    import shutil
-    started = time.time()
-    output = Path(output)
-    for name, mark, word in (("data", "manifest.json", "atlas.py"), ("base", "args.json", "parameters")):
-        folder = output / name
-        if folder.exists() and not overwrite:
-            raise SystemExit(f"error: {folder} exists already: choose another --output, or pass --overwrite")
-        if folder.exists() and not ((folder / mark).is_file() and word in (folder / mark).read_text()):
-            raise SystemExit(f"error: {folder} was not made by atlas.py: --overwrite will not delete it")
-    building = output / ".building"
+    """Data folder output/data and base model output/base, built beside their places and then renamed."""
+    started, output = time.time(), Path(output)
+    for mark, word in (("data/manifest.json", "atlas.py"), ("base/args.json", "parameters")):
+        mark = output / mark
+        if mark.parent.exists() and not (overwrite and mark.is_file() and word in mark.read_text()):
+            raise SystemExit(f"error: {mark.parent} exists. Choose another --output, or pass --overwrite, "
+                             f"which replaces only what atlas.py made")
+    building = output / "unfinished"
     shutil.rmtree(building, ignore_errors=True)
     parameters = write_base_model(building / "base", seed)
     write_data(building / "data", seed)
-    (building / "base" / "args.json").write_text(json.dumps(
-        {"seed": seed, "parameters": parameters, "seconds": round(time.time() - started, 1)}, indent=2) + "\n")
-    base, command = str(output / "base"), f"python atlas.py world --output {shlex.quote(str(output))} --seed {seed}"
-    (building / "base" / "README.md").write_text(
-        f"---\nlibrary_name: transformers\ntags: [dvpo, atlas]\n---\n# Base model of Atlas\n\n{parameters:,} "
-        f"parameters, randomly initialised: it knows nothing yet. Its tokenizer was trained on the texts of Atlas. "
-        f"sft.py starts here.\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({base!r})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({base!r})\n```\n\nMade by\n\n```\n{command}\n```\n",
-        encoding="utf-8")
+    args = {"seed": seed, "parameters": parameters, "seconds": round(time.time() - started, 1)}
+    (building / "base" / "args.json").write_text(json.dumps(args, indent=2) + "\n")
     for name in ("base", "data"):
         shutil.rmtree(output / name, ignore_errors=True)
         (building / name).rename(output / name)
@@ -501,14 +454,14 @@ def write_world(output, seed, overwrite):
 
 
 # ---- 7. Summary: the closing table of `make demo` ----
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def read_summary(run):
     """The numbers of a finished demo in one nested dict, which becomes runs/atlas/summary.json."""
-    def last_line(name):
-        return json.loads((run / name / "metrics.jsonl").read_text().splitlines()[-1])
-
-    world = json.loads((run / "base" / "args.json").read_text())
-    values = json.loads((run / "eval" / "values.json").read_text())
-    policy = json.loads((run / "eval" / "policy.json").read_text())
+    files = ("base/args.json", "eval/values.json", "eval/policy.json")
+    world, values, policy = (json.loads((run / file).read_text()) for file in files)
     summary = {"seed": world["seed"]}
     for name, model in policy["models"].items():
         summary[name] = {"oracle_mean": model["score"]["mean"],
@@ -520,7 +473,9 @@ def read_summary(run):
     accuracy = values["models"]["gvm"]["pair_accuracy"]
     summary["gvm"] = {"pair_accuracy": {name: x["mean"] for name, x in accuracy.items()}}
     summary["seconds"] = {"data": world["seconds"], "evaluate": values["seconds"] + policy["seconds"]}
-    summary["seconds"] |= {stage: last_line(stage)["seconds"] for stage in ("sft", "gvm", "dvpo")}
+    for stage in ("sft", "gvm", "dvpo"):                      # a step's parts, all steps
+        summary["seconds"][stage] = sum(x for record in read_lines(run / stage / "metrics.jsonl")
+                                        for key, x in record.items() if "seconds" in key)
     return summary
 
 
@@ -534,23 +489,23 @@ def print_summary(run):
     sft, dvpo, accuracy = summary["sft"], summary["dvpo"], summary["gvm"]["pair_accuracy"]
     rows = [("oracle score, -1 to 1", "oracle_mean", "{:+.3f}"), ("  95 % interval", "oracle_interval", ""),
             ("KL to the reference, nats per answer", "kl_to_ref", "{:.2f}"),
-            ("answer length, tokens", "response_length", "{:.1f}"), ("answers that end (EOS)", "eos_rate", "{:.1%}")]
+            ("answer length, tokens", "response_length", "{:.1f}"),
+            ("answers that end by themselves", "eos_rate", "{:.1%}")]
     print(f"\nAtlas, seed {summary['seed']}, held-out questions{'SFT':>17}{'DVPO':>18}")
     for title, key, form in rows:
         cells = [form.format(x[key]) if form else "{:+.3f} to {:+.3f}".format(*x[key]) for x in (sft, dvpo)]
         print(f"{title:38}{cells[0]:>17}{cells[1]:>18}")
-    low, high = dvpo["win_rate_interval"]
-    print(f"{'win rate of DVPO over SFT':38}{'':17}{dvpo['win_rate_vs_sft']:>18.3f}   ({low:.3f} to {high:.3f})")
-    print(f"GVM, held-out pair accuracy: mean value {accuracy['mean']:.3f}, last value {accuracy['last']:.3f}")
+    rate, interval = dvpo["win_rate_vs_sft"], "{:.3f} to {:.3f}".format(*dvpo["win_rate_interval"])
+    print(f"{'win rate of DVPO over SFT':38}{'':17}{rate:>18.3f}   ({interval})")
+    print("GVM, held-out pair accuracy: mean value {mean:.3f}, last value {last:.3f}".format(**accuracy))
     print("seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in summary["seconds"].items()))
-    answers = [json.loads(line) for line in (run / "eval" / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    said = {(row["prompt"], row["model"]): row for row in read_lines(run / "eval" / "answers.jsonl")}
     for kind in ("premise", "island", "capital"):
-        prompt = next(answer["prompt"] for answer in answers if QUESTIONS[answer["prompt"]][0] == kind)
+        prompt = next(prompt for prompt, _ in said if QUESTIONS[prompt][0] == kind)
         print(f"\n  {prompt}")
         for name in ("sft", "dvpo"):
-            said = next(answer for answer in answers if answer["prompt"] == prompt and answer["model"] == name)
-            print(f"    {name:5}{said['score']:+.2f}  {said['response']}")
-    print("\n" + "\n".join(str(path) for path in sorted((run / "figures").iterdir())) + f"\n{run / 'summary.json'}")
+            print("    {model:5}{score:+.2f}  {response}".format(**said[prompt, name]))
+    print("", *sorted((run / "figures").iterdir()), run / "summary.json", sep="\n")
 
 
 # ---- 8. Main ----
