@@ -378,7 +378,8 @@ def main(args):
                   "lr": scheduler.get_last_lr()[0], "tau_pairs": pairs, "seconds": time.time() - started}
         progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
         if step == len(updates) and held_out:
-            record |= evaluate(accelerator, model.eval(), held_out, args, micro_size, tokenizer.pad_token_id)
+            model.eval()
+            record |= evaluate(accelerator, model, held_out, args, micro_size, tokenizer.pad_token_id)
             accelerator.print(f"held-out pair accuracy by the last value: {record['pair_accuracy/last']:.3f}")
         log_step(accelerator, output, record)
         if args.save_steps and step % args.save_steps == 0:

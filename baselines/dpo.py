@@ -10,7 +10,7 @@ Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), pad
 B pairs are 2B rows: chosen, rejected, chosen, rejected, ...
 
     ids             x1    x2     y1     y2     END    pad
-    is_response     .     .      1      1      1      .     the answer, written by anybody
+    is_response     .     .      1      1      1      .     the answer, chosen or rejected
     logp            .     .      *      *      *      .     log pi(y_t | x, y_{<t}): logits one column earlier
     reward          beta * (sum of logp - sum of the reference's logp), one number per row
 

@@ -1,50 +1,52 @@
-"""Baseline: ReMax. A reward model, no critic: the score of the greedy answer to the same prompt is the baseline.
+"""Baseline: ReMax. A reward model, no critic: the greedy answer to the same prompt is the baseline.
 
     python baselines/remax.py                                             # Atlas, on a laptop
     accelerate launch baselines/remax.py --kl_coef 0.05
 
-Li et al. (2023): REINFORCE. Every prompt is answered twice, by sampling and greedily. The sampled answer learns with
-the difference of the two scores, in one update per batch: no ratio, no clipping. The published code samples with
-top_p 0.9, scores with the whole softmax, and clips the difference at 5; here what is sampled is what is scored.
+Li et al. (2023): REINFORCE. A prompt is answered twice, by sampling and greedily. The sampled answer learns
+with the difference of the two scores, in one update per batch: no ratio, no clipping. The published code
+samples with top_p 0.9, scores with the whole softmax, and clips the difference at 5. Here what is sampled is
+what is scored.
 
-Shapes   B rollouts, T tokens of the longest row. Rows are [prompt | response | padding].
-Masks    is_token (B, T) no padding; is_response (B, T) tokens that the policy wrote, y^1..y^T, EOS included.
-Where    logp[b, t] and advantage[b, t] belong to the token at position t: log pi(a_t | s_t).
+Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
+What belongs to a token stands in the token's column; B rows make tensors of shape (B, L).
 
-Sections 1 to 5 are the method. Section 6 is plumbing that the scripts share, word for word: leave it for later.
+    ids             x1    x2     y1     y2     END    pad
+    is_response     .     .      1      1      1      .     written by the policy: the loss is about these
+    logp            .     .      *      *      *      .     log pi(a_t | s_t): logits of one column earlier
+    advantage       .     .      A1     A2     A3     .     A_t = r^KL_t + r(x, y) - r(x, y_greedy)
+
+Worked example, no KL: the sampled answer has the score 0.8, the greedy one 0.5. A_t = 0.3 at every token.
+
+Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
 """
 import copy
 import json
 import math
 import os
-import re
-import shlex
+import random
 import shutil
-import signal
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object,
-                              set_seed)
-from accelerate.utils import load as load_safely
-from safetensors import SafetensorError
-from torch.utils.checkpoint import checkpoint
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from datasets import load_dataset
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          ContinuousBatchingConfig, GenerationConfig, HfArgumentParser)
+                          GenerationConfig, HfArgumentParser)
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
+
+MAX_GRAD_NORM = 1.0                                           # gradient clipping (ours; released code: none)
 
 
 # ---- 1. Arguments: "paper" is Appendix C, "ours" is chosen for Atlas on a laptop ----
@@ -52,33 +54,76 @@ from transformers.utils import logging as transformers_logging
 class Args:
     model: str = HfArg(default="runs/atlas/sft", help="SFT model: the policy's start and the reference")
     reward_model: str = HfArg(default="runs/atlas/reward_model", help="output of baselines/reward_model.py")
-    data: str = HfArg(default="runs/atlas/data", help="data folder with rl.jsonl, or hub data set with prompts")
+    data: str = HfArg(default="runs/atlas/data", help="data folder with rl.jsonl, or hub data set")
     output: str = HfArg(default="runs/atlas/remax", help="run folder to write")
     overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
-    bad_rows: Literal["error", "skip"] = HfArg(default="error", help="stop at a bad row, or drop and count bad rows")
     kl_coef: float = HfArg(default=0.05, help="beta of the KL penalty (paper: 0.05)")
-    truncated: Literal["keep", "mask", "penalise"] = HfArg(default="keep", help="responses cut at the length limit: "
-                                                           "as they are; left out; 1 off the reward")   # DEVIATION 10
-    rollout: Literal["padded", "continuous"] = HfArg(default="padded", help="how answers are generated: in one batch, "
-                                                     "or with a paged cache where ended ones make room")
-    max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens)")
-    max_response_length: int = HfArg(default=64, help="tokens after which a response is cut (paper: 1024)")
+    max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens; ours)")
+    max_response_length: int = HfArg(default=64, help="tokens after which an answer is cut (paper: 1024)")
     lr: float = HfArg(default=4e-4, help="learning rate, constant (paper: 2e-6)")
-    steps: int = HfArg(default=50, help="batches of rollouts")
+    steps: int = HfArg(default=50, help="batches of rollouts (ours)")
     batch_size: int = HfArg(default=64, help="rollouts per step and update, over all processes (paper: 8)")
-    micro_batch_size: int = HfArg(default=32, help="most rollouts per forward pass and process")
-    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run again in the backward pass")
-    frozen_dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(default="auto", help="of frozen models' "
-                                                                            "weights; auto: the run's precision")
-    max_grad_norm: float = HfArg(default=1.0, help="gradient clipping (ours; released code: none)")
-    sample_every: int = HfArg(default=15, help="steps between two printed samples")
+    micro_batch_size: int = HfArg(default=8, help="most rollouts per forward pass and process (paper: 2)")
+    gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run twice")
     save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    log_with: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker that gets the metrics too")
+    log_with: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker of the metrics")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
-# ---- 2. Data ----
+# ---- 2. Data: rows, tokens, batches ----
+def read_rows(data, split, *fields, tokenizer=None):
+    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields, and with a
+    tokenizer the ids of the prompt, "prompt_ids"."""
+    path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
+    if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
+        fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
+    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(data, split=hub_split))
+    for i, row in enumerate(rows):
+        try:
+            rows[i] = json.loads(row) if isinstance(row, str) else row
+            values = [rows[i][field] for field in fields]
+            if any(x in (None, []) or x != x or not str(x).strip() for x in values):
+                raise ValueError("empty or NaN")
+            if tokenizer:
+                rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
+        except Exception as problem:                          # bad JSON, no such field, no such template
+            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
+    return rows
+
+
+def load_tokenizer(name, template=None):
+    """The tokenizer of a model, with a pad token, and with this chat template if it has none."""
+    if not Path(name).is_dir() and name.count("/") != 1:
+        fail(f"{name}: no such folder. Has the stage before this one been run?")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
+    A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for message in messages:
+        for token in control:
+            message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def end_of_answer(tokenizer):
+    """Id of the token that the chat template writes after an assistant's message ("<|im_end|>"): often not
+    tokenizer.eos_token, which is the fallback where the template writes no control token."""
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("answer")[2].strip()
+    ids = tokenizer(after, add_special_tokens=False).input_ids
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+
+
 def collate(sequences, pad_id):
     """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
 
@@ -94,18 +139,7 @@ def collate(sequences, pad_id):
     return ids, is_response, lengths
 
 
-def update_order(n, batch_size, epochs, seed):
-    """Which rows each update sees: (updates, batch_size) row numbers, every epoch in another random order.
-
-    A pure function of the seed: every process computes the same order and takes its own part of each batch. The
-    incomplete last batch of an epoch is left out.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    orders = [torch.randperm(n, generator=generator)[:n // batch_size * batch_size] for _ in range(epochs)]
-    return torch.cat(orders).view(-1, batch_size)
-
-
-# ---- 3. Loss: REINFORCE with a greedy baseline ----
+# ---- 3. Advantages and loss: REINFORCE with a greedy baseline ----
 def kl_reward(logp_old, logp_ref, is_response, kl_coef):
     """r^KL_t = -beta * (log pi_old(a_t|s_t) - log pi_ref(a_t|s_t)); its expectation is -beta * KL (Schulman,
     2020: the estimator k1). (B, L) float, 0 off the mask."""
@@ -113,26 +147,23 @@ def kl_reward(logp_old, logp_ref, is_response, kl_coef):
 
 
 def remax_advantage(score, score_greedy, reward_kl, is_response):
-    """A_t = r^KL_t + r(x, y) - r(x, y_greedy): the KL term is the token's own, the difference is the whole answer's.
-
-    score, score_greedy (B,) float; reward_kl (B, T) float; is_response (B, T) bool. Returns (B, T), 0 off the mask.
-    """
+    """A_t = r^KL_t + r(x, y) - r(x, y_greedy): the token's own KL term, and the whole answer's difference.
+    score, score_greedy (B,) float; reward_kl (B, L) float; is_response (B, L) bool. Returns (B, L)."""
     return torch.where(is_response, reward_kl + (score - score_greedy)[:, None], 0.0)
 
 
-def remax_loss(logp, advantage, is_response):
-    """REINFORCE, -E[A_t * log pi_theta(a_t|s_t)]: its gradient is minus the policy gradient, its value means nothing.
+def remax_loss(logp, advantage, is_response, denominator=None):
+    """REINFORCE: -E[A_t * log pi_theta(a_t|s_t)], whose gradient is minus the policy gradient. Its value says
+    nothing.
 
-    logp (B, T) float, with gradient; advantage (B, T) float, a constant; is_response (B, T) bool.
-    Returns the mean over the batch's response tokens, a scalar.
+    logp         (B, L) float  log pi_theta(a_t|s_t), with gradient
+    advantage    (B, L) float  A_t, a constant                    is_response (B, L) bool
+    denominator  divides the sum over tokens; None: the number of response tokens here, for E[.] as their mean
+    Returns a scalar, to be minimised, hence the minus.
     """
-    assert logp.shape == advantage.shape == is_response.shape and is_response.dtype == torch.bool
-    return -torch.where(is_response, advantage * logp, 0.0).sum() / is_response.sum().clamp(min=1)
-
-
-def last_token(is_response):
-    """True at each row's last response token: (B, T) bool -> (B, T) bool."""
-    return is_response & ~torch.nn.functional.pad(is_response[:, 1:], (0, 1))
+    assert logp.shape == advantage.shape == is_response.shape
+    objective = torch.where(is_response, advantage * logp, 0.0)
+    return -objective.sum() / (is_response.sum() if denominator is None else denominator)
 
 
 # ---- 4. Rollouts and scores ----
@@ -169,9 +200,6 @@ def rollout(policy, prompts, max_response_length, stop_ids, greedy=False):
     return responses
 
 
-LOGITS_AT_ONCE = 2 ** 26                                      # numbers in float32: 256 MiB
-
-
 def token_logp(model, ids, is_response):
     """log pi(a_t | s_t) of the response tokens, each in its own column: (B, L) float, 0 off the mask."""
     assert not is_response[:, 0].any(), "a row begins with its answer: nothing predicts the first token"
@@ -182,275 +210,151 @@ def token_logp(model, ids, is_response):
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
 
 
-class TokenLogp(torch.nn.Module):
-    """A policy as a function from tokens to log-probabilities: this is the call that DDP, ZeRO and FSDP have to see."""
-
-    def __init__(self, policy):
-        super().__init__()
-        self.policy, self.config = policy, policy.config
-        self._no_split_modules = policy._no_split_modules     # the layers that FSDP divides one by one
-        with torch.no_grad():
-            ids = torch.tensor([[0, 1]], device=policy.device)
-            hidden = policy.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logits, own = policy.get_output_embeddings()(hidden), policy(input_ids=ids, use_cache=False).logits
-            if not torch.allclose(logits, own, atol=1e-2, equal_nan=True):
-                fail(f"{policy.config.name_or_path}: its logits are not what its output layer gives (scaled or capped, "
-                     f"as in Gemma 2), which token_logp takes them for")
-
-    def forward(self, ids, is_response):
-        return token_logp(self.policy, ids, is_response)
-
-
-def value_head(model):
-    """The linear layer hidden -> 1, whatever the architecture calls it."""
-    return getattr(model, "score", None) or model.classifier
-
-
-def load_reward_model(name, dtype):
-    """A scalar reward model: AutoModelForSequenceClassification with one label, and a scale that can be divided by."""
-    config = load(AutoConfig, name)
-    if not (config.architectures or [""])[0].endswith("ForSequenceClassification") or config.num_labels != 1:
-        fail(f"{name}: holds a {(config.architectures or ['?'])[0]} with {config.num_labels} labels; a scalar reward "
-             f"model is wanted here (baselines/reward_model.py makes one)")
-    model = load(AutoModelForSequenceClassification, name, kind="value", dtype=dtype).eval()
-    mean, std = score_scale(model)
-    return model if math.isfinite(mean) and 0 < std < math.inf else fail(
-        f"{name}: reward_mean {mean} and reward_std {std} in config.json are no scale")
-
-
-def response_reward(reward_model, ids, is_response):
-    """r(x, y), the reward model's score at the last response token: (B,) float, in deviations of its training scores.
-
-    The head is applied by hand: the model's own forward looks for the last token that is not padding, and takes the one
-    before EOS where pad and EOS are the same token.
-    """
-    hidden = reward_model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    score = value_head(reward_model)(hidden).squeeze(-1).float()                                   # (B, T)
-    mean, std = score_scale(reward_model)
-    return torch.where(last_token(is_response), (score - mean) / std, 0.0).sum(-1)
-
-
-def score_scale(reward_model):
-    """(mean, standard deviation) of the reward model's scores in its training; (0, 1) for one that does not say."""
-    scale = getattr(reward_model.config, "reward_model", None) or {"reward_mean": 0.0, "reward_std": 1.0}
-    return scale["reward_mean"], scale["reward_std"]
-
-
-class ResponseReward(torch.nn.Module):
-    """A reward model as a function from tokens to rewards: this is the call that ZeRO and FSDP have to see."""
-
-    def __init__(self, reward_model):
-        super().__init__()
-        self.reward_model, self.config = reward_model, reward_model.config
-        self._no_split_modules = reward_model._no_split_modules
-
-    def forward(self, ids, is_response):
-        return response_reward(self.reward_model, ids, is_response)
+def response_reward(reward_model, ids):
+    """r(x, y): (B,) float. The stock class reads it at each row's last token that is not padding."""
+    return reward_model(input_ids=ids, use_cache=False).logits.squeeze(-1).float()
 
 
 @torch.no_grad()
-def score_rollouts(policy, reference, reward_model, sequences, greedy, args, pad_id):
-    """log pi_theta and log pi_ref of every sampled token, and the scores of both answers; each model once per answer.
-
-    sequences, greedy   [(prompt ids, response ids)]: the sampled and the greedy answers
-    Returns ids, is_token, is_response, logp_old, logp_ref, each (B, T), of the sampled; score, score_greedy (B,).
-    """
-    ids, is_token, is_response = collate(sequences, pad_id, next(policy.parameters()).device)
+def score_rollouts(policy, reference, reward_model, sequences, greedy, micro_size, pad_id):
+    """log pi_old and log pi_ref of every sampled token, r of both answers; each model reads each row once.
+    Returns ids, is_response, lengths, logp_old, logp_ref, score, score_greedy: r are (B,)."""
+    ids, is_response, lengths = collate(sequences, pad_id)
+    ids, is_response = ids.to(reference.device), is_response.to(reference.device)
     logp_old, logp_ref = torch.zeros(2, *ids.shape, device=ids.device)
     score, score_greedy = torch.zeros(2, len(ids), device=ids.device)
-    length = is_token.sum(-1).cpu()
-    for rows in length.argsort().split(args.micro_batch_size):                 # rows of like length: little padding
-        width = length[rows].max()
-        micro = ids[rows, :width], is_response[rows, :width]
-        logp_old[rows, :width], logp_ref[rows, :width] = policy(*micro), reference(*micro)
-        score[rows] = reward_model(*micro)
-        ids_greedy, _, is_response_greedy = collate([greedy[row] for row in rows], pad_id, ids.device)
-        score_greedy[rows] = reward_model(ids_greedy, is_response_greedy)
-    return ids, is_token, is_response, logp_old, logp_ref, score, score_greedy
+    for rows in lengths.argsort().split(micro_size):          # rows of like length: little padding
+        width = int(lengths[rows].max())
+        # log pi_old comes from the code path of the update, not from generation: then the first ratio is 1.
+        logp_old[rows, :width] = token_logp(policy, ids[rows, :width], is_response[rows, :width])
+        logp_ref[rows, :width] = token_logp(reference, ids[rows, :width], is_response[rows, :width])
+        score[rows] = response_reward(reward_model, ids[rows, :width])
+        ids_greedy = collate([greedy[row] for row in rows], pad_id)[0].to(ids.device)
+        score_greedy[rows] = response_reward(reward_model, ids_greedy)
+    return ids, is_response, lengths, logp_old, logp_ref, score, score_greedy
 
 
 # ---- 5. Training ----
-def improve(accelerator, model, optimizer, batch, args, stop_if_bad):
-    """The PPO epochs on one batch of rollouts: Eq. (2), mini-batch by mini-batch, until the target KL is passed.
+def remax_update(accelerator, policy, optimizer, batch, lengths, micro_size):
+    """One update with a batch of rollouts: on-policy, so every rollout is used once.
 
-    model        ActorCritic, prepared
-    batch        (ids, is_token, is_response, logp_old, advantage, value_old, returns), each (B, T): this process's rows
-    stop_if_bad  is called with the gradient norm before every update
-    Returns {metric: float}, over all processes (docs/metrics.md).
+    batch    (ids, is_response, logp_old, advantage), each (B, L): this process's rollouts
+    lengths  (B,) long, on the CPU: tokens of each row, prompt included
+    Returns {metric: float} over all processes (docs/metrics.md).
     """
-    _, is_token, learned, *_ = batch
-    length = is_token.sum(-1).cpu()
-    tokens = accelerator.reduce(learned.sum()).clamp(min=1)                    # response tokens of the global batch
-    updates = args.batch_size // args.mini_batch_size                          # updates per epoch
-    history, norms, seen = [], [], torch.zeros(6, device=learned.device)
-    order, micro_batches = torch.cat([torch.randperm(len(learned)) for _ in range(args.ppo_epochs)]), []
-    for mini in order.split(args.mini_batch_size // accelerator.num_processes):
-        # A mini-batch is random; within it rows of like length form a micro-batch: little padding.
-        micro_batches += mini[length[mini].argsort()].split(args.micro_batch_size)
-    for micro in micro_batches:
-        ids, _, is_response, logp_old, advantage, value_old, returns = (
-            x[micro, :length[micro].max()] for x in batch)
-        with accelerator.accumulate(model):
-            logp, value = model(ids, is_response)                                                  # (micro, width) each
-            # Eq. (2)'s E[.] is over the batch: a token weighs the same in every mini-batch.            # DEVIATION 9
-            share = is_response.sum() / tokens * updates
-            loss = ppo_loss(logp, logp_old, advantage, is_response, args.clip_range) * share
-            critic_loss = value_loss(value, value_old, returns, is_response, args.value_clip) * share
-
-            log_ratio = torch.where(is_response, logp.detach() - logp_old, 0.0)
-            ratio = log_ratio.exp()
-            # k3 = r - 1 - log r (Schulman, 2020), never negative, estimates KL(pi_old, pi_theta).
-            seen += torch.stack([loss.detach(), critic_loss.detach(), (ratio - 1 - log_ratio).sum(),
-                                 (ratio - 1).abs().sum(), ((ratio - 1).abs() > args.clip_range).sum(),
-                                 is_response.sum()])
-            loss = loss + critic_loss                                          # no weights shared: no weight between
-            if accelerator.sync_gradients:                                     # the mini-batch is complete
-                total, total_critic, *sums, count = accelerator.reduce(seen).tolist()
-                history.append((total, *(x / max(count, 1) for x in sums), total_critic))
-                seen.zero_()
-            # Appendix C names KL_target = 0.1, not its use. Ours: beyond it, no more updates with this batch.
-            if accelerator.sync_gradients and norms and history[-1][1] > args.target_kl:
-                drop_update(accelerator, optimizer, loss)
-                break
-            # backward() divides by the number of micro-batches, and the processes' gradients are averaged: both are
-            # undone here.
-            accelerator.backward(loss * accelerator.gradient_accumulation_steps * accelerator.num_processes)
-        if accelerator.sync_gradients:
-            # Clipped apart: a critic that is far off must not shorten the policy's step. (DeepSpeed: one norm of both.)
-            norms.append([clip_grad_norm(accelerator, group["params"], args.max_grad_norm)
-                          for group in optimizer.param_groups])
-            stop_if_bad(sum(norms[-1]))                                        # not finite if either is not
-        optimizer.step()                                                       # of a whole mini-batch: else a no-op
-        optimizer.zero_grad()
-    loss, _, _, clip_fraction, critic_loss = torch.tensor(history).mean(0).tolist()
-    grad_norm, critic_grad_norm = torch.tensor(norms).mean(0).tolist()
-    # KL: the last, which --target_kl was compared with. Ratio: the first, before any update, where it has to be 1.
-    return {"loss": loss, "approx_kl": history[-1][1], "ratio_error": history[0][2], "clip_fraction": clip_fraction,
-            "critic_loss": critic_loss, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm,
-            "updates": len(norms)}
+    tokens = accelerator.reduce(batch[1].sum())               # response tokens of the whole batch
+    # The one denominator. Gradients are averaged over micro-batches and processes: that is undone here.
+    denominator = tokens / (accelerator.gradient_accumulation_steps * accelerator.num_processes)
+    total, errors = torch.zeros((), device=batch[0].device), []
+    for micro in lengths.argsort().split(micro_size):         # rows of like length: little padding
+        ids, is_response, logp_old, advantage = [x[micro, :lengths[micro].max()] for x in batch]
+        with accelerator.accumulate(policy):
+            logp = token_logp(policy, ids, is_response)                        # (micro, width)
+            loss = remax_loss(logp, advantage, is_response, denominator)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:                    # the batch is complete
+                grad_norm = clip_grad_norm(accelerator, policy)
+            optimizer.step()                                  # does nothing before that
+            optimizer.zero_grad()
+        total += loss.detach() * denominator
+        ratio = torch.where(is_response, logp.detach() - logp_old, 0.0).exp()
+        errors.append((ratio - 1).abs().max())
+    ratio_error = accelerator.reduce(errors[0]).item()        # has to be 0
+    if ratio_error > (1e-3 if accelerator.mixed_precision == "no" else 0.5):
+        fail(f"the ratio is {ratio_error:.2g} away from 1: pi_old and pi_theta are not computed alike")
+    loss = (accelerator.reduce(total) / tokens).item()
+    return {"loss": loss, "ratio_error": ratio_error, "grad_norm": grad_norm}
 
 
 def main(args):
-    started = time.time()
-    check_numbers(args)
-    accelerator = start_accelerator(args, accumulation_steps)
-    set_seed(args.seed, device_specific=True)                 # else every process would sample the same answers
-    tokenizer = load(AutoTokenizer, args.model)
-    rm_tokenizer = load(AutoTokenizer, args.reward_model)
-    if (tokenizer.get_vocab(), tokenizer.chat_template) != (rm_tokenizer.get_vocab(), rm_tokenizer.chat_template):
-        fail(f"{args.reward_model}: its tokenizer or chat template is not that of {args.model}. A reward model reads "
-             f"the policy's own tokens: train it from this SFT model")
-    if tokenizer.chat_template is None:
-        fail(f"{args.model}: the tokenizer has no chat template. Start from the output of sft.py")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    prompts = [row["prompt"] for row in read_rows(args.data, "rl", {"prompt": "prompt"}, args.bad_rows)]
-    data = [(prompt, encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    accelerator, micro_size = start_accelerator(args, args.batch_size)
+    tokenizer, other = load_tokenizer(args.model), load_tokenizer(args.reward_model)
+    if (other.get_vocab(), other.chat_template) != (tokenizer.get_vocab(), tokenizer.chat_template):
+        fail(f"{args.reward_model}: another tokenizer or chat template than {args.model}. Train it from that")
+    rows = read_rows(args.data, "rl", "prompt", tokenizer=tokenizer)
+    data = [(row["prompt"], row["prompt_ids"]) for row in rows]
     data = [(prompt, ids) for prompt, ids in data if len(ids) <= args.max_prompt_length]
-    accelerator.print(f"{len(data)} prompts; {len(prompts) - len(data)} longer than {args.max_prompt_length} dropped")
+    accelerator.print(f"{len(data)} prompts; {len(rows) - len(data)} longer than --max_prompt_length dropped")
     if len(data) < args.batch_size:
-        fail(f"{args.data}: {len(data)} usable prompts do not fill one batch: lower --batch_size {args.batch_size}, or "
-             f"raise --max_prompt_length {args.max_prompt_length}")
+        fail(f"{args.data}: {len(data)} prompts do not fill --batch_size {args.batch_size}")
 
-    # Models. eval() switches dropout off (else the ratio of a policy to itself is not 1); gradients flow all the same.
-    policy = load(AutoModelForCausalLM, args.model, kind="policy", dtype=torch.float32).eval()
-    dtype = args.frozen_dtype
-    if dtype == "auto":
-        dtype = {"no": "float32", "bf16": "bfloat16"}[accelerator.mixed_precision]
-    reference = load(AutoModelForCausalLM, args.model, kind="policy", dtype=dtype).eval()
-    reward_model = load_reward_model(args.reward_model, dtype)
-    context = min(getattr(model.config, "max_position_embeddings", math.inf) for model in (policy, reward_model))
-    if args.max_prompt_length + args.max_response_length > context:
-        fail(f"--max_prompt_length + --max_response_length is more than the context of {args.model}, {context} tokens")
+    sizes = tokenizer, args.max_prompt_length + args.max_response_length
+    frozen_dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    policy = load_model(AutoModelForCausalLM, args.model, *sizes)
+    reference = load_model(AutoModelForCausalLM, args.model, *sizes, dtype=frozen_dtype)
+    reward_model = load_model(AutoModelForSequenceClassification, args.reward_model, *sizes, trained=True,
+                              dtype=frozen_dtype)
+    # One scale with the KL penalty: reward_model.py measures its scores. Another's are taken as they are.
+    scale = getattr(reward_model.config, "reward_model", {"reward_mean": 0.0, "reward_std": 1.0})
+    stop_ids = policy.generation_config.eos_token_id
+    # The stock class reads the score at the last token that is not padding: END must not be the padding.
+    pad_id = next(token for token in (*tokenizer.all_special_ids, 0, 1, 2) if token not in stop_ids)
+    reward_model.config.pad_token_id = pad_id
     output = start_run(accelerator, args)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    policy, optimizer = accelerator.prepare(TokenLogp(policy), optimizer)
-    reward_mean, reward_std = score_scale(reward_model)
-    reference = prepare_frozen(accelerator, TokenLogp(reference))
-    reward_model = prepare_frozen(accelerator, ResponseReward(reward_model))
-    epochs = math.ceil(args.steps / (len(data) // args.batch_size))
-    batches = update_order(len(data), args.batch_size, epochs, args.seed)[:args.steps]
+    policy, optimizer = accelerator.prepare(policy.eval(), optimizer)
+    reference = prepare_frozen(accelerator, reference)
+    reward_model = prepare_frozen(accelerator, reward_model)
 
-    first, seconds = load_checkpoint(accelerator, output) if args.resume else (0, 0.0)
-    started -= seconds
-    progress = tqdm(total=args.steps, initial=first, desc="remax", mininterval=1,
-                    disable=not accelerator.is_main_process)
-    for step, batch in enumerate(batches[first:], first + 1):
-        # 1. Rollouts. Sampling, scoring and updating are under the same autocast: else the first ratio would not be 1.
+    first = load_checkpoint(accelerator, output) + 1 if args.resume else 1
+    for step in tqdm(range(first, args.steps + 1), "remax", disable=not accelerator.is_main_process):
+        # What is random in a step depends on seed and step alone: a resumed run draws the same.
+        rng = random.Random(f"{args.seed} {step}")
+        torch.manual_seed(rng.getrandbits(62) + accelerator.process_index)
+        batch = rng.sample(data, args.batch_size)[accelerator.process_index::accelerator.num_processes]
+
+        # 1. Rollouts: y ~ pi_old(.|x)
         clock = [time.time()]
-        mine = batch[accelerator.process_index::accelerator.num_processes].tolist()
-        questions, prompt_ids = [data[row][0] for row in mine], [data[row][1] for row in mine]
-        with gathered(accelerator, policy, "policy") as plain, accelerator.autocast():
-            responses = rollout(plain, tokenizer, prompt_ids, args.max_response_length, args.rollout)
-            best = rollout(plain, tokenizer, prompt_ids, args.max_response_length, args.rollout, greedy=True)
+        questions, prompt_ids = zip(*batch)
+        with gathered(accelerator, policy) as plain_policy, accelerator.autocast():
+            responses = rollout(plain_policy, prompt_ids, args.max_response_length, stop_ids)
+            best = rollout(plain_policy, prompt_ids, args.max_response_length, stop_ids, greedy=True)
+        sequences, greedy = list(zip(prompt_ids, responses)), list(zip(prompt_ids, best))
         clock.append(time.time())
 
-        # 2. Scores
-        sequences = list(zip(prompt_ids, responses))
+        # 2. Fixed during the step: log pi_old, log pi_ref, r(x, y), r(x, y_greedy)
         with accelerator.autocast():
-            ids, is_token, is_response, logp_old, logp_ref, score, score_greedy = score_rollouts(
-                policy, reference, reward_model, sequences, list(zip(prompt_ids, best)), args,
-                tokenizer.pad_token_id)
+            ids, is_response, lengths, logp_old, logp_ref, score, score_greedy = score_rollouts(
+                policy, reference, reward_model, sequences, greedy, micro_size, pad_id)
         if not (score - score_greedy).isfinite().all():
-            row = (score - score_greedy).isfinite().logical_not().nonzero()[0].item()
-            fail(f"step {step}: {args.reward_model} gives {score[row].item()} and {score_greedy[row].item()} to the "
-                 f"answers to {questions[row]!r:.80}")
+            fail(f"step {step}: {args.reward_model} gives a score that is not finite")
 
-        # 3. Advantages
-        ended = torch.tensor([row[-1] == tokenizer.eos_token_id for row in responses], device=ids.device)[:, None]
-        if args.truncated == "penalise":                               # both, or a cut greedy answer would be a gain
-            cut = [float(row[-1] != tokenizer.eos_token_id) for row in best]
-            score_greedy = score_greedy - torch.tensor(cut).to(score)
-        reward = score - (~ended.squeeze(-1)).float() if args.truncated == "penalise" else score
-        advantage = remax_advantage(reward, score_greedy, kl_reward(logp_old, logp_ref, is_response, args.kl_coef),
-                                    is_response)
-        learned = is_response & ended if args.truncated == "mask" else is_response
+        # 3. Advantages: the score of the answer, less that of the greedy one
+        reward_kl = kl_reward(logp_old, logp_ref, is_response, args.kl_coef)
+        std = scale["reward_std"]                              # the mean cancels out
+        advantage = remax_advantage(score / std, score_greedy / std, reward_kl, is_response)
+        entropy = -logp_old.sum(-1) / is_response.sum(-1)
+        per_answer = torch.stack([score, (logp_old - logp_ref).sum(-1), entropy]).tolist()
         clock.append(time.time())
 
-        # 4. The update
-        checkpoint_layers(policy, args.gradient_checkpointing)
-        metrics = improve(accelerator, policy, optimizer, (ids, is_token, learned, logp_old, advantage), args,
-                          lambda grad_norm: stop_if_not_finite(accelerator, policy, tokenizer, output, grad_norm,
-                                                               f"step {step}, rows {batch.tolist()}", "policy"))
-        checkpoint_layers(policy, False)
+        # 4. One update
+        policy.train()                                        # gradient checkpointing asks for it
+        metrics = remax_update(accelerator, policy, optimizer, (ids, is_response, logp_old, advantage),
+                               lengths, micro_size)
+        policy.eval()
         clock.append(time.time())
-        if metrics["ratio_error"] > (1e-4 if accelerator.mixed_precision == "no" else 0.1):
-            fail(f"step {step}: the ratio differs from 1 by {metrics['ratio_error']:.2g} on average before the "
-                 f"update: log pi_old and log pi_theta are not computed alike (dropout? another precision?)")
 
-        # 5. The log
-        per_response = {
-            "reward": score * reward_std + reward_mean,                        # in units of the reward model
-            "kl": torch.where(is_response, logp_old - logp_ref, 0.0).sum(-1),
-            "entropy": torch.where(is_response, -logp_old, 0.0).sum(-1) / is_response.sum(-1),
-            "response_length": is_response.sum(-1).float(), "eos_rate": ended.squeeze(-1).float()}     # (B,) each
-        texts = [{"prompt": question, "response": tokenizer.decode(response, skip_special_tokens=True)}
-                 for question, response in zip(questions, responses)]
-        record = log_step(accelerator, args, output, progress, {"step": step} | metrics, per_response, texts, clock,
-                          started)
-        save_if_due(accelerator, output, step, args.steps, args.save_steps)
-    progress.close()
-    save_run(accelerator, policy, tokenizer, output,
-             f"# ReMax policy\n\n`{args.model}` aligned by the reward model `{args.reward_model}` on prompts of "
-             f"`{args.data}` (rl): {args.steps} steps of {args.batch_size} rollouts.",
-             {name: record[name] for name in ("reward", "kl", "response_length", "eos_rate")}, "policy")
+        # 5. Log and checkpoint
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        rollouts = gather_object([
+            {"step": step, "prompt": prompt, "response": text, "reward": reward, "kl": kl, "entropy": entropy,
+             "response_length": len(ids), "eos_rate": float(ids[-1] in stop_ids)}
+            for prompt, text, ids, reward, kl, entropy in zip(questions, texts, responses, *per_answer)])
+        for name in ("reward", "kl", "entropy", "response_length", "eos_rate"):
+            metrics[name] = sum(row[name] for row in rollouts) / len(rollouts)
+        for part, began, ended in zip(("generate", "score", "update"), clock, clock[1:]):
+            metrics[f"seconds_{part}"] = ended - began
+        log_step(accelerator, output, {"step": step} | metrics, rollouts)
+        if args.save_steps and step % args.save_steps == 0:
+            save_checkpoint(accelerator, output, step)
+    save_run(accelerator, policy, accelerator.get_state_dict(policy), tokenizer, output,
+             f"ReMax policy: {args.model} after {args.steps} steps with reward model {args.reward_model}.")
     accelerator.end_training()
 
 
-def accumulation_steps(args, processes):
-    """Micro-batches per update. --batch_size is the total over all processes, so that a run means the same on one GPU
-    and on eight; --micro_batch_size is how much of it a process takes at a time: lowered to what it has."""
-    if args.batch_size < 1 or args.batch_size % processes:
-        fail(f"--batch_size {args.batch_size} is not a multiple of the {processes} processes")
-    args.micro_batch_size = min(args.micro_batch_size, args.batch_size // processes)
-    if args.micro_batch_size < 1 or args.batch_size % (args.micro_batch_size * processes):
-        fail(f"--batch_size {args.batch_size} is not a multiple of --micro_batch_size x processes = "
-             f"{args.micro_batch_size * processes}")
-    return args.batch_size // (args.micro_batch_size * processes)
-
-
-# ---- 6. The same in every script: command line, rows and prompts, engine, run folder ----
+# ---- 6. The same in every script: command line, models, engines, run folder ----
 def fail(message):
     """Ends the program with one clear line: for what a user can fix. Bugs keep their traceback."""
     raise SystemExit(f"error: {message}")
@@ -463,75 +367,38 @@ def parse_args(cls, argv):
     if argv and argv[0].endswith(".yaml"):
         settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
         argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
-    return parser.parse_args_into_dataclasses(argv)[0]
+    return cls(**vars(parser.parse_args(argv)))
 
 
-def check_numbers(args):
-    """Ends the program before it touches a file if a count is below 1, or another number negative or not finite."""
-    for name, value in vars(args).items():
-        may_be_0 = name in ("seed", "retries", "warmup_steps", "tau_pairs", "save_steps")
-        least = 0 if type(value) is float or may_be_0 else 1
-        most = 2 ** 32 if name == "seed" else math.inf        # numpy's generators take no larger seed
-        if type(value) in (int, float) and not least <= value < most:
-            fail(f"--{name} {value}: it has to be at least {least} and less than {most}")
-
-
-def row_problem(row, fields):
-    """What is wrong with a row, in words; None if nothing is. fields: {name: "prompt", "text" or "number"}."""
-    if not isinstance(row, dict):
-        return "not a JSON object"
-    for name, kind in fields.items():
-        value = row.get(name)
-        text = isinstance(value, str) and bool(value.strip())
-        chat = isinstance(value, list) and value and all(isinstance(m, dict) and isinstance(m.get("role"), str) and
-                                                         isinstance(m.get("content"), str) for m in value)
-        chat = chat and value[-1]["role"] == "user" and value[-1]["content"].strip()
-        if value is None:
-            return f'no field "{name}"'
-        if kind == "number" and not (type(value) in (int, float) and math.isfinite(value)):
-            return f'"{name}" is not a finite number: {value!r}'
-        if kind == "text" and not text:
-            return f'"{name}" is empty or not a string'
-        if kind == "prompt" and not (text or chat):
-            return f'"{name}" is neither a string nor a list of {{"role", "content"}} messages that ends with "user"'
-    same = "chosen" in fields and row["chosen"] == row["rejected"]
-    return '"chosen" and "rejected" are the same text' if same else None
-
-
-def read_rows(data, split, *fields):
-    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields."""
-    path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
-    if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
-        fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
-    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(data, split=hub_split))
-    for i, row in enumerate(rows):
-        try:
-            rows[i] = json.loads(row) if isinstance(row, str) else row
-            values = [rows[i][field] for field in fields]
-            if any(x in (None, []) or x != x or not str(x).strip() for x in values):
-                raise ValueError("empty or NaN")
-        except (ValueError, KeyError, AttributeError) as problem:
-            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
-    return rows
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a string (one user turn) or chat messages. The template writes BOS where needed.
-    A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else copy.deepcopy(prompt)
-    for message in messages:
-        for token in tokenizer.all_special_tokens:
-            message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False).input_ids
+def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
+    """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
+    made; else a language model, which may get a new one. transformers would load either as the other."""
+    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
+    made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("Auto")
+    if not made_as.endswith(wanted.removeprefix("Model")) if trained else "Classification" in made_as:
+        fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
+    model = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):              # else the ratio of a policy to itself is not 1
+            module.p = 0.0
+    context = getattr(config.get_text_config(), "max_position_embeddings", length)
+    if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
+    if model.can_generate():                                  # where answers end: by template, by model
+        own = model.generation_config.eos_token_id or []
+        stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])})
+        model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
+    return model
 
 
 def start_accelerator(args, update_size):
-    """The Accelerator, and the rows of a micro-batch: update_size is divided over processes and
-    micro-batches."""
+    """The Accelerator, and the rows of a micro-batch: update_size over processes and micro-batches."""
     tracker = None if args.log_with == "none" else args.log_with
-    accelerator = Accelerator(log_with=tracker, project_dir=args.output)
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)          # else it holds gradients twice
+    accelerator = Accelerator(log_with=tracker, project_dir=args.output, kwargs_handlers=[ddp])
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
+    torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
     accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
     if rest or accelerator.distributed_type == DistributedType.FSDP:
@@ -543,11 +410,6 @@ def start_accelerator(args, update_size):
             "gradient_accumulation_steps": accumulation, "gradient_clipping": MAX_GRAD_NORM,
             "train_micro_batch_size_per_gpu": micro_size}
     return accelerator, micro_size
-
-
-def is_zero3(accelerator):
-    """Does DeepSpeed divide the weights among the processes?"""
-    return accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3
 
 
 def prepare_frozen(accelerator, model):
@@ -581,57 +443,6 @@ def clip_grad_norm(accelerator, model):
     return norm if math.isfinite(norm) else fail(f"gradient norm {norm}: lower --lr, or --resume")
 
 
-def checkpoint_layers(model, on):
-    """Gradient checkpointing on or off. transformers does it only in layers whose `training` is set, which eval() unset
-    to switch dropout off: so it is set on the layers alone. Off for generation: such layers keep no key-value cache."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.training = on
-
-
-def load(auto_class, name, kind=None, **kwargs):
-    """auto_class.from_pretrained(name), with one clear line where that cannot work.
-
-    kind  "policy" refuses value and reward models, "value" refuses policies: transformers would load either one with
-          a fresh, random head.
-    """
-    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
-    transformers_logging.disable_progress_bar()
-    folder = Path(name)
-    local = os.path.exists(name) or name.count("/") > 1 or (folder.parent != Path() and os.path.isdir(folder.parent))
-    if local and not (os.path.isdir(name) and any(folder.glob("*config.json"))):
-        fail(f"{name}: no model in this folder (no config.json). Was the stage before this one run?")
-    safe = {"trust_remote_code": False}                       # no program that comes with a model is run
-    try:
-        made_as = (AutoConfig.from_pretrained(name, **safe).architectures or ["?"])[0] if kind else "?"
-        is_value = made_as.endswith(("ForTokenClassification", "ForSequenceClassification"))
-        if kind and is_value != (kind == "value"):
-            fail(f"{name}: holds a {made_as}; a {'value' if kind == 'value' else 'language'} model is wanted here")
-        if not kind:
-            found = auto_class.from_pretrained(name, **safe, **kwargs)
-            if auto_class is AutoTokenizer and found("a") and not found.eos_token:
-                raise ValueError("no eos_token: a model could not be taught to stop")
-            return found
-        safe["use_safetensors"] = True                        # nor a pickle, which is one too
-        model, report = auto_class.from_pretrained(name, output_loading_info=True, **safe, **kwargs)
-    except Exception as problem:                              # transformers, safetensors and the hub have many kinds
-        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-        pickled = ". Weights in .bin are programs too: save them as safetensors" * (local and any(folder.glob("*.bin")))
-        fail(f"{name}: {auto_class.__name__} cannot load it ({reason}){pickled}")
-    new_head = kind == "policy" and auto_class.__name__.endswith(("TokenClassification", "SequenceClassification"))
-    missing = [key for key in report["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))]
-    missing += [key for key in report["unexpected_keys"] if re.match(rf"{model.base_model_prefix}\..*weight$", key)]
-    return fail(f"{name}: the weights of {missing[0]} and {len(missing) - 1} more do not fit its config.json: "
-                f"missing, or more than it wants") if missing else model
-
-
-def tracker(args):
-    """Accelerator's arguments for --log_with. It would pass over a tracker that is not installed without a word."""
-    if args.log_with not in ("none", *map(str, get_available_trackers())):
-        fail(f"--log_with {args.log_with}: not installed here. pip install {args.log_with}")
-    return {"log_with": args.log_with, "project_dir": args.output} if args.log_with != "none" else {}
-
-
 def start_run(accelerator, args):
     """Makes the run folder and writes args.json. A run that is there stays, unless --overwrite is given."""
     output = Path(args.output)
@@ -639,32 +450,16 @@ def start_run(accelerator, args):
         inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
         if output.resolve() in [Path(value).resolve() for value in inputs]:
             fail(f"{output}: is an input of this run. Choose another --output")
-        if output.exists() and any(output.iterdir()) and not args.resume:
+        finished = any(output.glob("*.safetensors"))
+        if output.exists() and any(output.iterdir()) and (finished or not args.resume):
             if not (args.overwrite and (output / "args.json").is_file()):
-                fail(f"{output}: is in use. Choose another --output, or pass --resume or --overwrite")
+                fail(f"{output}: is in use. Pass another --output, or --overwrite; --resume if unfinished")
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
     accelerator.wait_for_everyone()
     accelerator.init_trackers("dvpo_logs", asdict(args))
     return output
-
-
-@contextmanager
-def writing(place):
-    """A full disk, or a folder that cannot be written, ends in one clear line. What was saved before stays as it is."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as problem:                 # RuntimeError: torch.save's
-        reason = (str(problem).strip() or repr(problem)).splitlines()[0]
-        fail(f"{place}: cannot be written ({reason}). Mend that: then the same command with --resume goes on from the "
-             f"last checkpoint")
-
-
-def checkpoints(output):
-    """The checkpoints of a run, oldest first. A folder with this name is whole: it was renamed when it was."""
-    found = [folder for folder in output.glob("checkpoints/step_*") if folder.name.removeprefix("step_").isdecimal()]
-    return sorted(found, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def save_checkpoint(accelerator, output, step):
@@ -676,33 +471,6 @@ def save_checkpoint(accelerator, output, step):
         unfinished.rename(unfinished.with_name(f"step_{step:08d}"))
         for old in sorted(output.glob("checkpoints/step_*"))[:-2]:
             shutil.rmtree(old)
-
-
-STOP_SIGNALS = []                                             # when they came
-
-
-def heed_signals():
-    """Ctrl-C and SIGTERM (a cluster takes the machine back) let the step end and a checkpoint be saved. Called only
-    where a script is the program. A launcher hands the signal on, so it may come twice at once; one that comes later
-    ends the program on the spot."""
-    def note(number, frame):
-        if STOP_SIGNALS and time.time() > STOP_SIGNALS[0] + 3:
-            fail("stopped in the middle of a step. --resume goes on from the last checkpoint")
-        STOP_SIGNALS.append(time.time())
-        print("\nstopping after this step; the same signal in three seconds or more stops at once", flush=True)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:        # a job in the background may be told to ignore them
-            signal.signal(number, note)
-
-
-def save_if_due(accelerator, output, step, last, save_steps):
-    """A checkpoint every --save_steps; and when a signal has come, to whichever process: then the run ends here."""
-    stop = accelerator.reduce(torch.tensor(len(STOP_SIGNALS), device=accelerator.device)).item()
-    if step < last and (stop or (save_steps and step % save_steps == 0)):
-        save_checkpoint(accelerator, output, step)
-        if stop:
-            fail(f"{output}: stopped by a signal after step {step}. The same command with --resume goes on from there")
 
 
 def load_checkpoint(accelerator, output):
@@ -717,12 +485,6 @@ def load_checkpoint(accelerator, output):
     return step
 
 
-def write_lines(path, records):
-    """Appends JSON lines: metrics.jsonl, rollouts.jsonl."""
-    with writing(path), open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
 def log_step(accelerator, output, record, rollouts=()):
     """A line of metrics.jsonl, and of the tracker; a line of rollouts.jsonl for each answer."""
     accelerator.log(record, step=record["step"])
@@ -730,28 +492,6 @@ def log_step(accelerator, output, record, rollouts=()):
         if rows and accelerator.is_main_process:
             with open(output / f"{name}.jsonl", "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def model_card(accelerator, model, output, about, numbers):
-    """README.md of a run folder, in the form that the Hugging Face hub reads. numbers: {metric: last value}."""
-    kinds, source = ("TokenClassification", "SequenceClassification"), model.config.name_or_path
-    auto = "AutoModelFor" + next((kind for kind in kinds if type(model).__name__.endswith(kind)), "CausalLM")
-    base_model = "" if Path(source).exists() else f"base_model: {source}\n"    # the hub knows nothing of our folders
-    processes, precision = accelerator.num_processes, accelerator.mixed_precision
-    engine = "fsdp2" if accelerator.is_fsdp2 else ""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        engine = f"zero{accelerator.deepspeed_plugin.zero_stage}"
-    launch = "accelerate launch " + f"--config_file recipes/accelerate_{engine}.yaml " * bool(engine)
-    launch += f"--num_processes {processes} --mixed_precision {precision}"
-    command = f"{'python' if (processes, precision) == (1, 'no') else launch} {shlex.join(sys.argv)}"
-    table = "".join(f"| {name} | {value:.4g} |\n" for name, value in numbers.items())
-    return (f"---\nlibrary_name: transformers\ntags: [dvpo, {Path(__file__).stem}]\n{base_model}---\n{about}\n\n"
-            f"| metric | last value |\n|---|---|\n{table}\n"
-            f"```python\nfrom transformers import {auto}, AutoTokenizer\n"
-            f"model = {auto}.from_pretrained({str(output)!r})\n"
-            f"tokenizer = AutoTokenizer.from_pretrained({str(output)!r})\n```\n\n"
-            f"Made by `{Path(__file__).name}` of an educational reference of DVPO (arXiv 2502.16944); not an aligned "
-            f"product. Settings: args.json. Log: metrics.jsonl. Command:\n\n```\n{command}\n```\n")
 
 
 def save_run(accelerator, model, state, tokenizer, output, about):
@@ -764,15 +504,5 @@ def save_run(accelerator, model, state, tokenizer, output, about):
     accelerator.wait_for_everyone()
 
 
-def stop_if_not_finite(accelerator, model, tokenizer, output, grad_norm, where, part=""):
-    """Ends the program before a NaN reaches the weights: they are saved as they were, and the place is named."""
-    if not math.isfinite(grad_norm):
-        saved = Path(output) / "checkpoints" / "before_nan"
-        save_run(accelerator, model, tokenizer, saved, "# Weights before a gradient that was not finite",
-                 {"grad_norm": grad_norm}, part)
-        fail(f"gradient norm {grad_norm} at {where}. The weights before it: {saved}. A lower --lr may help")
-
-
 if __name__ == "__main__":
-    heed_signals()
     main(parse_args(Args, sys.argv[1:]))

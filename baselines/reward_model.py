@@ -3,7 +3,7 @@
     python baselines/reward_model.py                                  # Atlas, on a laptop
     accelerate launch baselines/reward_model.py --data ORG/PAIRS --lr 2e-5
 
-Bradley and Terry (1952), as in RLHF (Ouyang et al., 2022): the chosen answer of a pair shall have the higher
+Bradley and Terry (1952), as in RLHF (Ouyang et al., 2022): the chosen answer of a pair should have the higher
 score. It is a language model with one number per answer: a stock AutoModelForSequenceClassification.
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
@@ -181,6 +181,7 @@ def pair_accuracy(chosen, rejected):
 @torch.no_grad()
 def sequence_scores(model, sequences, micro_size, pad_id):
     """r(x, y) of N (prompt ids, response ids): (N,) float."""
+    model.eval()
     order = torch.tensor([len(prompt) + len(response) for prompt, response in sequences]).argsort()
     parts = []
     for rows in order.split(micro_size):                      # on all processes alike, as ZeRO-3 needs
@@ -247,7 +248,7 @@ def main(args):
         progress.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
         if step == len(updates) and held_out:
             sequences = [sequence for pair in held_out for sequence in pair]
-            score = sequence_scores(model.eval(), sequences, micro_size, pad_id)
+            score = sequence_scores(model, sequences, micro_size, pad_id)
             record["pair_accuracy"] = pair_accuracy(score[0::2], score[1::2])
             accelerator.print(f"held-out pair accuracy: {record['pair_accuracy']:.3f}")
         log_step(accelerator, output, record)
@@ -256,7 +257,7 @@ def main(args):
     # The scores' scale is arbitrary, but PPO and ReMax weigh them against a KL penalty: they divide by it.
     some = row_order(len(data), min(len(data), 1024), 1, args.seed)[0]       # at random: a file may be sorted
     sequences = [sequence for row in some for sequence in data[row]]
-    score = sequence_scores(model.eval(), sequences, micro_size, pad_id)
+    score = sequence_scores(model, sequences, micro_size, pad_id)
     mean, std = score.mean().item(), score.std(correction=0).item() or 1.0
     accelerator.unwrap_model(model).config.reward_model = {"reward_mean": mean, "reward_std": std}
     save_run(accelerator, model, accelerator.get_state_dict(model), tokenizer, output,

@@ -1,14 +1,15 @@
-"""What the experiments of `make claims` share: runs that are made once, the truth about a language model, the report.
+"""What the experiments of `make claims` share: runs that are made once, the truth about a policy, the report.
 
-An experiment is a script of its own; it imports this file and the stage scripts, never another experiment. Under
-runs/claims/seedN the world, the SFT model, the value models and policies of one seed stand side by side. Who needs a
-run asks `train` for it; what is there already is not made again, so that a stopped `make claims` goes on.
+An experiment is a script of its own; it imports this file and the stages, never another experiment. The world,
+the SFT model, the value models and policies of one seed are side by side in runs/claims/seedN. An experiment
+asks `train` for a run; one that is there is not made again, so that a stopped `make claims` goes on.
 """
 import argparse
 import hashlib
 import importlib
 import json
 import multiprocessing
+import operator
 import os
 import platform
 import statistics
@@ -18,19 +19,22 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import matplotlib
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 matplotlib.use("Agg")
+transformers_logging.set_verbosity_error()
 import atlas  # noqa: E402
 import evaluate  # noqa: E402
 import train_dvpo  # noqa: E402
+from train_gvm import value_positions  # noqa: E402
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 LONGEST = 64                                                  # tokens of an answer, as in the training scripts
@@ -46,7 +50,7 @@ def words_to(path):
 
 
 def world(folder, seed, scale):
-    """The data and the base model of one seed; at a scale below 1, that share of the rows. Returns the data folder."""
+    """Writes data and base model of one seed; below scale 1, that share of the rows. Returns the data folder."""
     data = folder / "data"
     if not (data / "manifest.json").exists():
         with words_to(folder / "world.log"):
@@ -60,26 +64,23 @@ def world(folder, seed, scale):
 
 
 def train(script, output, **flags):
-    """Runs a training script with these flags, unless `output` holds that very run already. Returns `output`.
-
-    As make does, it runs again, too, if the data or the weights that went into the run have been written since then.
-    """
+    """Runs a training script with these flags, unless `output` holds that very run. Returns `output`.
+    Like make, it runs again if the data or the weights that the run has read are newer than the run."""
     stage = importlib.import_module(script)
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in flags.items()}
     args = stage.Args(output=str(output), overwrite=True, **flags)
-    stage.accumulation_steps(args, 1)                         # sets what follows from the others, as the script does
-    made, made_of = output / "model.safetensors", [
-        file for value in flags.values() if isinstance(value, str) for file in Path(value).glob("*")
-        if file.suffix in (".jsonl", ".safetensors")]
+    made = output / "model.safetensors"
+    inputs = [file for value in flags.values() if isinstance(value, str) for file in Path(value).glob("*")
+              if file.suffix in (".jsonl", ".safetensors")]
     if not made.exists() or json.loads((output / "args.json").read_text()) != asdict(args) or any(
-            file.stat().st_mtime_ns > made.stat().st_mtime_ns for file in made_of):
+            file.stat().st_mtime_ns > made.stat().st_mtime_ns for file in inputs):
         with words_to(output.with_name(f"{output.name}.log")):
             stage.main(args)
     return output
 
 
 def base(folder, seed, scale):
-    """What every experiment starts from, with the scripts' defaults. Returns (flags for all stages, SFT model)."""
+    """What all experiments start from, with the scripts' defaults: (flags for all stages, SFT model)."""
     start = {"data": world(folder, seed, scale), "seed": seed}
     return start, train("sft", folder / "sft", model=folder / "base", **start)
 
@@ -102,7 +103,8 @@ def judge(log, sft, policies, start, **flags):
     """Held-out questions, four answers each: {run folder's name: {"score", "nats" of KL to sft, "length"}}."""
     with words_to(log):
         models = evaluate.evaluate_policy(evaluate.PolicyArgs(
-            models=[str(sft), *map(str, policies)], data=str(start["data"]), seed=start["seed"], **flags))["models"]
+            models=[str(sft), *map(str, dict.fromkeys(policies))], data=str(start["data"]), seed=start["seed"],
+            **flags))["models"]
     return {name: {"score": x["score"]["mean"], "nats": x["kl"]["mean"], "length": x["response_length"]}
             for name, x in models.items()}
 
@@ -113,48 +115,58 @@ def read_lines(path):
 
 
 def write_lines(path, rows):
-    """Writes the rows, unless they stand there already: then the runs made of them are still good."""
+    """Writes the rows, unless the file holds them: then the runs made of them are still good."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
+def prompts_of(start):
+    """The held-out prompts."""
+    return [row["prompt"] for row in read_lines(start["data"] / "test_prompts.jsonl")]
+
+
+def pair_accuracy(gvm):
+    """What train_gvm.py measured at its end on held-out pairs: {"mean" value: share, "last" value: share}."""
+    measured = read_lines(gvm / "metrics.jsonl")[-1]
+    return {name: measured[f"pair_accuracy/{name}"] for name in ("mean", "last")}
+
+
 def load_policy(folder):
     """(model, tokenizer)."""
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    tokenizer = train_dvpo.load_tokenizer(str(folder))
+    return train_dvpo.load_model(AutoModelForCausalLM, str(folder), tokenizer, LONGEST).eval(), tokenizer
 
 
 def sequence(tokenizer, prompt, response):
-    """(prompt ids, response ids with EOS) of a finished answer."""
+    """(prompt ids, response ids with the end) of a finished answer."""
     return evaluate.encode_prompt(tokenizer, prompt), evaluate.encode_response(tokenizer, response)
 
 
 def answers(policy, tokenizer, prompts):
     """One sampled answer to each prompt, as (prompt ids, response ids)."""
     ids = [evaluate.encode_prompt(tokenizer, prompt) for prompt in prompts]
-    return list(zip(ids, train_dvpo.rollout(policy, tokenizer, ids, LONGEST, "padded")))
+    return list(zip(ids, train_dvpo.rollout(policy, ids, LONGEST, policy.generation_config.eos_token_id)))
 
 
 def text(tokenizer, response):
     return tokenizer.decode(response, skip_special_tokens=True)
 
 
-def completions(policy, tokenizer, prefixes, n):
-    """n full responses (id lists) to each (prompt ids, first response ids), finished by a language model that samples.
-
-    An answer that has ended, or is as long as an answer may be, is complete already.
-    """
-    finished = [bool(said) and (said[-1] == tokenizer.eos_token_id or len(said) >= LONGEST) for _, said in prefixes]
+def completions(policy, prefixes, n):
+    """n full responses (id lists) to each (prompt ids, first response ids), sampled from a language model. An
+    answer that has ended, or is as long as an answer may be, is complete already."""
+    stop_ids = policy.generation_config.eos_token_id
+    finished = [bool(said) and (said[-1] in stop_ids or len(said) >= LONGEST) for _, said in prefixes]
     rows = [i for i, done in enumerate(finished) if not done for _ in range(n)]
-    rows.sort(key=lambda i: len(prefixes[i][1]))              # what is nearly finished need not wait for the rest
+    rows.sort(key=lambda i: len(prefixes[i][1]))              # so that rows of a batch end at about the same time
     found = [[list(said)] if done else [] for (_, said), done in zip(prefixes, finished)]
     for start in range(0, len(rows), 2048):
         some = rows[start:start + 2048]
         longest = LONGEST - min(len(prefixes[i][1]) for i in some)
-        written = train_dvpo.rollout(policy, tokenizer, [[*prefixes[i][0], *prefixes[i][1]] for i in some], longest,
-                                     "padded")
-        for i, tail in zip(some, written):
+        asked = [[*prefixes[i][0], *prefixes[i][1]] for i in some]
+        for i, tail in zip(some, train_dvpo.rollout(policy, asked, longest, stop_ids)):
             found[i].append([*prefixes[i][1], *tail][:LONGEST])
     return found
 
@@ -164,46 +176,60 @@ def true_values(prompts, tokenizer, completed):
     found = []
     for prompt, responses in zip(prompts, completed, strict=True):
         scores = [atlas.oracle(prompt, text(tokenizer, response)) for response in responses]
-        found.append((statistics.mean(scores), statistics.variance(scores) / len(scores) if len(scores) > 1 else 0.0))
+        found.append((statistics.mean(scores),
+                      statistics.variance(scores) / len(scores) if len(scores) > 1 else 0.0))
     return found
+
+
+def true_value_of_program(policy, row, tokenizer, response, count, n):
+    """Q of a behaviour policy after the first `count` tokens of an answer, from n completions: (mean, squared
+    standard error). None where these tokens end inside a character."""
+    prefix = text(tokenizer, response[:count])
+    if not row["response"].startswith(prefix):
+        return None
+    end = atlas.END if count == len(response) else ""
+    mean, error = atlas.true_value(policy, row["prompt"], prefix + end, n)
+    return mean, error ** 2
 
 
 @torch.no_grad()
 def token_values(folder, sequences, pad_id):
-    """What a value model says at each response token, and at the last prompt token before them: [[V(s_1), Q_1, ...]].
-
-    In the units of its training scores. A critic's V(s_{t+1}) is Q(s_t, a_t), read at a_t, too; it has none at EOS.
-    sequences  [(prompt ids, response ids), ...], behind their tau where the model wants one
+    """What a value model says at the last prompt token and at each response token: [[V(s_1), Q_1, ...], ...], a
+    GVM in the units of its training scores. A critic's V(s_{t+1}) is Q(s_t, a_t), read at a_t, too; it has none
+    at the end. A reward model is read at every token, as if the answer ended there.
+    sequences  [(prompt ids, response ids), ...]; the prompt with its tau where the model wants one
     """
     model, values = AutoModelForTokenClassification.from_pretrained(folder).eval(), [None] * len(sequences)
-    scale = getattr(model.config, "gvm", None) or {"reward_mean": 0.0, "reward_std": 1.0}
+    scale = getattr(model.config, "gvm", {"reward_mean": 0.0, "reward_std": 1.0})
     order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))
     for start in range(0, len(order), 64):
         rows = order[start:start + 64]
-        ids, is_token, is_response = evaluate.collate([sequences[row] for row in rows], pad_id, "cpu")
-        q = model(input_ids=ids, attention_mask=is_token).logits.squeeze(-1)
+        ids, is_response, _ = train_dvpo.collate([sequences[row] for row in rows], pad_id)
+        q = model(input_ids=ids, use_cache=False).logits.squeeze(-1)
         q = q * scale["reward_std"] + scale["reward_mean"]
-        for row, line, mask in zip(rows, q, evaluate.value_positions(is_response)):
+        for row, line, mask in zip(rows, q, value_positions(is_response)):
             values[row] = line[mask].tolist()
     return values
 
 
-# ---- 3. Seeds, statistics, report ----
-def parse(description):
-    """The command line, the same for every experiment. Works from the project's root from then on."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+# ---- 3. Seeds ----
+def run(doc, run_seed, answer):
+    """An experiment. run_seed(folder, seed, scale) -> what one seed found; answer(seeds, per_seed) -> claims,
+    tables, finding, picture (see report); per_seed("a", "b") is [seed["a"]["b"] for every seed]."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23, 24, 25], help="a world each")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of data, steps and answers; below 1: a trial")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of data, steps, answers; below 1: a trial")
     parser.add_argument("--runs", default="runs/claims", help="folder for the runs, shared by all experiments")
-    parser.add_argument("--output", default="results", help="folder for the result")
-    args = parser.parse_args()
-    if len(set(args.seeds)) < len(args.seeds) or not (len(args.seeds) == 1 or len(args.seeds) in T_95):
-        parser.error("--seeds must be 1 to 10 different numbers")
-    if not 0 < args.scale <= 1:
-        parser.error("--scale must be above 0 and at most 1")
+    parser.add_argument("--output", default="experiments/results", help="folder for the result")
+    args, started = parser.parse_args(), time.time()
+    if not (len(set(args.seeds)) == len(args.seeds) in (1, *T_95) and 0 < args.scale <= 1):
+        parser.error("--seeds must be 1 to 10 different numbers, and --scale above 0 and at most 1")
     os.chdir(ROOT)
-    return args
+    seeds = over_seeds(run_seed, args)
+    name = Path(run_seed.__code__.co_filename).stem
+    report(name, args, doc, seeds, *answer(seeds, partial(per_seed, seeds)))
+    print(f"{time.time() - started:.0f} s")
 
 
 def timed(run_seed, folder, seed, scale):
@@ -212,24 +238,34 @@ def timed(run_seed, folder, seed, scale):
 
 
 def over_seeds(run_seed, args):
-    """{seed: run_seed(folder, seed, scale)}. What a seed has found is kept, and found again once the script that found
-    it has changed, up to the section that puts the answer together."""
+    """{seed: run_seed(folder, seed, scale)}. What a seed has found is kept, and found again once the script that
+    found it has changed, up to the section that puts the answer together."""
     torch.set_num_threads(1)
-    text = Path(run_seed.__code__.co_filename).read_text(encoding="utf-8")
-    version = hashlib.sha256(text[text.index("\nimport "):text.index("The answer ----")].encode()).hexdigest()
+    source = Path(run_seed.__code__.co_filename).read_text(encoding="utf-8")
+    source = source[source.index("\nimport "):source.index("The answer ----")]
+    version = [hashlib.sha256(source.encode()).hexdigest(), args.scale]
     name = f"{Path(run_seed.__code__.co_filename).stem}_found.json"
-    jobs = {seed: (Path(args.runs) / f"seed{seed}", seed, args.scale) for seed in args.seeds}
+    folders = {seed: Path(args.runs) / f"seed{seed}" for seed in args.seeds}
     kept = {seed: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-            for seed, (folder, _, _) in jobs.items()}
-    jobs = {seed: job for seed, job in jobs.items() if kept[seed].get("made by") != [version, args.scale]}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if args.jobs > 1 else nullcontext() as pool:
-        done = (pool.map if pool else map)(partial(timed, run_seed), *zip(*jobs.values())) if jobs else ()
-        for seed, (found, seconds) in zip(jobs, done, strict=True):
-            kept[seed] = {"made by": [version, args.scale], "found": found, "seconds": seconds}
-            (jobs[seed][0] / name).write_text(json.dumps(kept[seed]), encoding="utf-8")
+            for seed, folder in folders.items()}
+    jobs = [(folders[seed], seed, args.scale) for seed in args.seeds if kept[seed].get("made by") != version]
+    spawn, many = multiprocessing.get_context("spawn"), args.jobs > 1
+    with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if many else nullcontext() as pool:
+        done = (pool.map if many else map)(partial(timed, run_seed), *zip(*jobs)) if jobs else ()
+        for (folder, seed, _), (found, seconds) in zip(jobs, done, strict=True):
+            kept[seed] = {"made by": version, "found": found, "seconds": seconds}
+            (folder / name).write_text(json.dumps(kept[seed]), encoding="utf-8")
     args.seconds = [kept[seed]["seconds"] for seed in args.seeds]
     return {str(seed): kept[seed]["found"] for seed in args.seeds}
+
+
+def per_seed(seeds, *keys):
+    return [reduce(operator.getitem, keys, seed) for seed in seeds.values()]
+
+
+# ---- 4. Statistics and report ----
+def minus(a, b):
+    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def interval(values):
@@ -250,26 +286,41 @@ def verdict(differences):
     return "confirmed" if low > 0 else "not confirmed: the reverse" if high < 0 else "not decided"
 
 
+def table(header, rows):
+    """Lines of a markdown table. header "a | b"; a cell is a text, or the numbers of the seeds."""
+    columns = header.split(" | ")
+    return ["| " + " | ".join(x if isinstance(x, str) else cell(x) for x in row) + " |"
+            for row in (columns, ["---"] * len(columns), *rows)]
+
+
+def draw(panel, x, values, width=None, **style):
+    """Means and 95 % intervals of values, [the numbers of the seeds, ...], at x: points, or bars of this width."""
+    means, lows, highs = zip(*map(interval, values))
+    style = {"yerr": [minus(means, lows), minus(highs, means)], "capsize": 3} | style
+    panel.bar(x, means, width, **style) if width else panel.errorbar(x, means, **style)
+
+
 def report(name, args, doc, seeds, claims, tables, finding, picture):
-    """results/NAME.json, .md and .png.
+    """experiments/results/NAME.json, .md and .png.
 
     doc      the experiment's docstring              seeds    {seed: what it found}
     claims   {claim, in words: (verdict, the numbers behind it, in words)}
-    tables   lines of markdown                       finding  the sentence the experiment ends with, and the caption
+    tables   lines of markdown                       finding  the sentence it ends with, and the caption
     picture  matplotlib figure
     """
     commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
-    made = {"command": f"python experiments/{name}.py --seeds {' '.join(map(str, args.seeds))}"
-            + (f" --scale {args.scale}" if args.scale != 1 else ""), "commit": commit.stdout.strip(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": args.seconds}
-    lines = [f"# {doc.splitlines()[0]}", "", *(line.strip() and f"    {line}" for line in doc[
-        doc.index("Hypothesis"):doc.index("Command")].rstrip().splitlines()), "",
+    scaled = f" --scale {args.scale}" if args.scale != 1 else ""
+    made = {"command": f"python experiments/{name}.py --seeds {' '.join(map(str, args.seeds))}{scaled}",
+            "commit": commit.stdout.strip(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "seconds": args.seconds}
+    method = doc[doc.index("Hypothesis"):doc.index("Command")].rstrip().splitlines()
+    lines = [f"# {doc.splitlines()[0]}", "", *(line.strip() and f"    {line}" for line in method), "",
              f"`{made['command']}`, commit {made['commit']}, {made['machine']}. Mean over the seeds and its 95 % "
-             f"interval (Student's t over seeds). Seconds per seed, {args.jobs} at a time, without runs that another "
-             f"experiment had made: {', '.join(map(str, args.seconds))}.", "",
-             "| claim | verdict | numbers |", "|---|---|---|"]
-    lines += [f"| {claim} | **{word}** | {numbers} |" for claim, (word, numbers) in claims.items()]
-    lines += ["", f"![{name}]({name}.png)", "", f"*{finding}*", "", *tables]
+             f"interval (Student's t over seeds). Seconds per seed, {args.jobs} at a time, without runs that "
+             f"another experiment had made: {', '.join(map(str, args.seconds))}.", "",
+             *table("claim | verdict | numbers", [(claim, f"**{word}**", numbers)
+                                                  for claim, (word, numbers) in claims.items()]),
+             "", f"![{name}]({name}.png)", "", f"*{finding}*", "", *tables]
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     picture.savefig(output / f"{name}.png", dpi=110, bbox_inches="tight")

@@ -2,19 +2,16 @@
 
 Hypothesis  (1) The policy improves because the GVM guides it: with shuffled training rewards the gain vanishes.
             (2) What we do where the paper says otherwise, or nothing, is at least as good as the other way.
-Method      One world per seed. DVPO, 40 steps of 64 rollouts, from the same SFT model, in which one thing differs from
-            the defaults; a GVM, two passes over its data, in which one thing differs, and DVPO with it. Where a script
-            has no setting for it, another function stands in for the script's own. Judged by the oracle on held-out
-            questions; a GVM by how often it gives the better answer of a held-out pair the higher mean value.
-            Deviation 10 is measured where it matters: answers cut after 16 tokens (SFT's have 21 on average), judged
-            with room for 64. Differences are within seeds. Many comparisons: an interval that barely leaves out 0 is
-            weak evidence.
+Method      One world per seed. DVPO, 40 steps of 64 rollouts, from the same SFT model, in which one thing differs
+            from the defaults; a GVM, two passes over its data, in which one thing differs, and DVPO with it.
+            Where a script has no setting for it, another function replaces the script's own. Judged by the oracle
+            on held-out questions; a GVM by how often it gives the better answer of a held-out pair the higher
+            mean value. Differences are within seeds. Many comparisons: an interval that barely leaves out 0 is
+            weak evidence. (Cut answers are in results/deviations.md, but no longer here: see docs/deviations.md.)
 Command     python experiments/deviations.py --seeds 21 22 23 24 25
-Result      results/deviations.json, results/deviations.md, results/deviations.png
+Result      experiments/results/deviations.json, .md, .png
 """
 import random
-import statistics
-import time
 from contextlib import nullcontext
 from unittest import mock
 
@@ -23,21 +20,15 @@ import matplotlib.pyplot as plt
 import torch
 import train_dvpo
 import train_gvm
-from claims import cell, interval, verdict
+from claims import cell, minus, verdict
 
 
 def q_with_kl_sum(q, reward_kl, is_response):
-    """A_t = Q_t + the sum of this and all later KL rewards, where --advantage q adds the token's own only."""
-    later = torch.where(is_response, reward_kl, 0.0).flip(-1).cumsum(-1).flip(-1)
-    return torch.where(is_response, q + later, 0.0)
+    """A_t = Q_t + the sum of this and all later KL rewards; --advantage q adds only the token's own."""
+    return torch.where(is_response, q + reward_kl.flip(-1).cumsum(-1).flip(-1), 0.0)
 
 
-def not_whitened(x, mask, reduce=None):
-    """In place of whiten()."""
-    return torch.where(mask, x, 0.0)
-
-
-# Name: (deviation, run folder, flags, (where, name of a function, what stands in for it)).
+# Name: (deviation, run folder, flags, (where, name of a function, what replaces it)).
 GVMS = {
     "gradient through the target": (2, "deviation_gvm_residual", {}, (
         train_gvm, "lambda_return", train_gvm.lambda_return.__wrapped__)),
@@ -48,19 +39,16 @@ GVMS = {
     "shuffled rewards": (None, "deviation_gvm_shuffled", {}, None),
 }
 POLICIES = {
-    "q, sum of later KL": (4, "deviation_q_kl_sum", {"advantage": "q"}, (train_dvpo, "advantage_q", q_with_kl_sum)),
+    "q, sum of later KL": (4, "deviation_q_kl_sum", {"advantage": "q"}, (
+        train_dvpo, "advantage_q", q_with_kl_sum)),
     "q": (5, "advantage_q", {"advantage": "q"}, None),
     "gae 0": (5, "advantage_gae_0", {"advantage": "gae", "gae_lambda": 0.0}, None),
     "released": (5, "advantage_released", {"advantage": "released"}, None),
-    "gae, not whitened": (6, "deviation_gae_raw", {}, (train_dvpo, "whiten", not_whitened)),
-    "q, not whitened": (6, "deviation_q_raw", {"advantage": "q"}, (train_dvpo, "whiten", not_whitened)),
+    "gae, not whitened": (6, "deviation_gae_raw", {"whiten": False}, None),
+    "q, not whitened": (6, "deviation_q_raw", {"advantage": "q", "whiten": False}, None),
     "learning rate 5e-5": (None, "deviation_lr", {"lr": 5e-5}, None),
-    "cut at 16, kept": (10, "deviation_cut_keep", {"max_response_length": 16}, None),
-    "cut at 16, masked": (10, "deviation_cut_mask", {"max_response_length": 16, "truncated": "mask"}, None),
-    "cut at 16, penalised": (10, "deviation_cut_penalise", {"max_response_length": 16, "truncated": "penalise"}, None),
 }
-BEHIND = {"q, sum of later KL": "q", "q, not whitened": "q",   # compared with this, all others with the default
-          "cut at 16, masked": "cut at 16, kept", "cut at 16, penalised": "cut at 16, kept"}
+RIVALS = {"q, sum of later KL": "q", "q, not whitened": "q"}  # compared with this, all others with the default
 
 
 # ---- 1. One seed ----
@@ -84,7 +72,8 @@ def run_seed(folder, seed, scale):
     policies = {"default": claims.train("train_dvpo", folder / "dvpo", gvm=gvms["default"], advantage="gae",
                                         gae_lambda=0.95, **online)}
     for name, (_, run, flags, replaced) in GVMS.items():
-        data = shuffled(start["data"], folder / f"{run}_data", seed) if name == "shuffled rewards" else start["data"]
+        shuffle = name == "shuffled rewards"
+        data = shuffled(start["data"], folder / f"{run}_data", seed) if shuffle else start["data"]
         with mock.patch.object(*replaced) if replaced else nullcontext():
             gvms[name] = claims.train_gvm(folder / run, sft, start, data=data, **flags)
         policies[name] = claims.train("train_dvpo", folder / f"{run}_dvpo", gvm=gvms[name], **online)
@@ -95,71 +84,61 @@ def run_seed(folder, seed, scale):
     found = {name: judged[output.name] | {"gain": judged[output.name]["score"] - judged[sft.name]["score"]}
              for name, output in policies.items()}
     for name, gvm in gvms.items():
-        measured = [row["pair_accuracy"] for row in claims.read_lines(gvm / "metrics.jsonl") if "pair_accuracy" in row]
-        found[name]["accuracy"] = measured[-1]["mean"]
+        found[name]["accuracy"] = claims.pair_accuracy(gvm)["mean"]
     return found | {"SFT": judged[sft.name]}
 
 
 # ---- 2. The answer ----
-def main():
-    args, started = claims.parse(__doc__), time.time()
-    seeds = claims.over_seeds(run_seed, args)
-
-    def values(name, key):
-        return [seed[name][key] for seed in seeds.values()]
-
+def answer(seeds, per_seed):
     def ahead(name, key):
         """Per seed, by how much what we do is better than this."""
-        return [a - b for a, b in zip(values(BEHIND.get(name, "default"), key), values(name, key), strict=True)]
+        return minus(per_seed(RIVALS.get(name, "default"), key), per_seed(name, key))
 
-    settings = {name: setting for table in (POLICIES, GVMS) for name, setting in table.items()}
+    settings = POLICIES | GVMS
     found, said = {}, {"confirmed": [], "not decided": [], "not confirmed: the reverse": []}
-    lost = values("shuffled rewards", "gain")
+    lost = per_seed("shuffled rewards", "gain")
+    vanishes = verdict(ahead("shuffled rewards", "score")) == "confirmed" and verdict(lost) != "confirmed"
     found["the gain is the value model's: without it, from shuffled rewards, there is none"] = (
-        "confirmed" if verdict(ahead("shuffled rewards", "score")) == "confirmed" and verdict(lost) != "confirmed" else
-        "not confirmed", f"gain over SFT {cell(values('default', 'gain'))}, from shuffled rewards {cell(lost)}")
+        "confirmed" if vanishes else "not confirmed",
+        f"gain over SFT {cell(per_seed('default', 'gain'))}, from shuffled rewards {cell(lost)}")
     for name, (number, *_) in sorted(settings.items(), key=lambda item: item[1][0] or 99):
         if name == "shuffled rewards":
             continue
-        gap, ours = ahead(name, "score"), BEHIND.get(name, "the default")
+        gap, ours = ahead(name, "score"), RIVALS.get(name, "the default")
         said[verdict(gap)].append(name)
         numbers = f"score {cell(gap)}"
         if name in GVMS:
             pairs = ahead(name, "accuracy")
             numbers += f"; pair accuracy {cell(pairs)}, {verdict(pairs)}"
-        found[(f"deviation {number}: " if number else "") + f"{ours} gives a better policy than {name}"] = verdict(
-            gap), numbers
-    finding = ("Ours is ahead, by the interval of the policies' scores, of: "
-               f"{'; '.join(said['confirmed']) or 'none'}. It is behind: "
-               f"{'; '.join(said['not confirmed: the reverse']) or 'none'}. Not decided: "
-               f"{'; '.join(said['not decided']) or 'none'}.")
+        claim = (f"deviation {number}: " if number else "") + f"{ours} gives a better policy than {name}"
+        found[claim] = verdict(gap), numbers
+    ours, theirs, open_ = ("; ".join(names) or "none" for names in (
+        said["confirmed"], said["not confirmed: the reverse"], said["not decided"]))
+    finding = (f"Ours is ahead, by the interval of the policies' scores, of: {ours}. It is behind: {theirs}. "
+               f"Not decided: {open_}.")
 
-    tables = ["| DVPO with | deviation | oracle score, held out | gain over SFT | length | KL (nats) |",
-              "|---" * 6 + "|"]
-    for name in ("SFT", "default", *settings):
-        number = settings.get(name, [""])[0] or ""
-        tables.append(f"| {name} | {number} | {cell(values(name, 'score'))} | "
-                      f"{cell(values(name, 'gain')) if name != 'SFT' else ''} | {cell(values(name, 'length'), 1)} | "
-                      f"{cell(values(name, 'nats'), 2)} |")
-    tables += ["", "| GVM | held-out pair accuracy, mean value |", "|---|---|"]
-    tables += [f"| {name} | {cell(values(name, 'accuracy'))} |" for name in ("default", *GVMS)]
+    tables = claims.table("DVPO with | deviation | oracle score, held out | gain over SFT | length | KL (nats)", [
+        [name, str(settings.get(name, [""])[0] or ""), per_seed(name, "score"),
+         per_seed(name, "gain") if name != "SFT" else "", cell(per_seed(name, "length"), 1),
+         cell(per_seed(name, "nats"), 2)] for name in ("SFT", "default", *settings)])
+    tables += ["", *claims.table("GVM | held-out pair accuracy, mean value", [
+        [name, per_seed(name, "accuracy")] for name in ("default", *GVMS)])]
 
-    picture, panel = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    picture, panel = plt.subplots(figsize=(8, 5), layout="constrained")
     names = [name for name in settings if name != "shuffled rewards"][::-1]
     for i, name in enumerate(names):
-        mean, low, high = interval(ahead(name, "score"))
+        mean, low, high = claims.interval(ahead(name, "score"))
         panel.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color="tab:blue", capsize=4, zorder=3,
                        label=None if i else "mean, 95 %")
         panel.plot(ahead(name, "score"), [i + 0.2] * len(seeds), ".", color="tab:orange",
                    label=None if i else "a seed each")
     panel.axvline(0, color="black", linestyle=":")
-    panel.set_yticks(range(len(names)), [f"{BEHIND.get(name, 'default')} over {name}" for name in names])
+    panel.set_yticks(range(len(names)), [f"{RIVALS.get(name, 'default')} over {name}" for name in names])
     panel.set(xlabel="oracle score that our way is ahead by, held-out questions",
               title=f"Our way against the other ({len(seeds)} seeds)")
     panel.legend(fontsize=8)
-    claims.report("deviations", args, __doc__, seeds, found, tables, finding, picture)
-    print(f"{time.time() - started:.0f} s; default {statistics.mean(values('default', 'gain')):.3f} over SFT")
+    return found, tables, finding, picture
 
 
 if __name__ == "__main__":
-    main()
+    claims.run(__doc__, run_seed, answer)

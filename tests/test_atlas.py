@@ -7,6 +7,7 @@ import re
 import statistics
 
 import pytest
+from conftest import write_rows
 
 import atlas
 
@@ -127,13 +128,15 @@ def test_policies_are_as_good_as_their_names(world):
     assert mean["expert"] > mean["terse"] > mean["chatty"] > mean["novice"] > mean["troll"]
 
 
-def test_the_data_are_deterministic_disjoint_and_hashed(tmp_path):
-    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        atlas.write_data(tmp_path / name, seed)
-    a, b, c = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in "abc")
-    assert a == b and a["files"] != c["files"]
+def test_the_data_are_deterministic_disjoint_and_hashed(world, tmp_path):
+    first = json.loads((world / "data" / "manifest.json").read_text())["files"]
+    assert first["pairs.jsonl"] == {                          # of seed 1: it must not change
+        "rows": 4325, "sha256": "1e93489ea3fcded55081aacf415da085ff4d3b9c34565e42c6cb3cb6db0926e8"}
+    atlas.write_data(tmp_path / "a", 6)
+    files = json.loads((tmp_path / "a" / "manifest.json").read_text())["files"]
+    assert files.keys() == first.keys() and files["rl.jsonl"] != first["rl.jsonl"]
     prompts = {}
-    for name, file in a["files"].items():
+    for name, file in files.items():
         content = (tmp_path / "a" / name).read_bytes()
         rows = [json.loads(line) for line in content.splitlines()]
         assert hashlib.sha256(content).hexdigest() == file["sha256"] and len(rows) == file["rows"]
@@ -147,3 +150,29 @@ def test_the_data_are_deterministic_disjoint_and_hashed(tmp_path):
              ["test_scored.jsonl", "test_pairs.jsonl", "test_prompts.jsonl"]]
     groups = [set.union(*(prompts[name] for name in part)) for part in parts]
     assert sum(map(len, groups)) == len(set.union(*groups)) == len(atlas.QUESTIONS)
+
+
+def test_a_world_replaces_only_a_world(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text('{"source": "hh"}')
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(SystemExit, match="data exists.*only what atlas.py made"):
+            atlas.main(["world", "--output", str(tmp_path), *more])
+    assert (tmp_path / "data" / "manifest.json").exists() and not (tmp_path / "base").exists()
+
+
+def test_the_time_of_a_run_is_the_sum_of_its_steps(tmp_path):
+    score = {"score": {"mean": 0.5, "low": 0.4, "high": 0.6}, "kl": {"mean": 1.0}, "response_length": 9.0, "eos_rate": 1.0}
+    for name, content in {
+            "base/args.json": {"seed": 3, "seconds": 2.0},
+            "eval/values.json": {"models": {"gvm": {"pair_accuracy": {"mean": {"mean": 0.9}}}}, "seconds": 3.0},
+            "eval/policy.json": {"models": {"sft": score, "dvpo": score}, "seconds": 4.0,
+                                 "win_rate": {"dvpo": {"sft": {"mean": 0.7, "low": 0.6, "high": 0.8}}}}}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    steps = [{"step": 1, "seconds": 0.5}, {"step": 2, "seconds": 0.25}]
+    for stage, records in {"sft": steps, "gvm": steps, "dvpo": [{"step": 1, "seconds_generate": 1.0, "seconds_update": 0.5}] * 2}.items():
+        write_rows(tmp_path / stage / "metrics.jsonl", records)
+    assert atlas.read_summary(tmp_path)["seconds"] == {"data": 2.0, "evaluate": 7.0, "sft": 0.75, "gvm": 0.75, "dvpo": 3.0}
+    with pytest.raises(SystemExit, match="no finished demo"):
+        atlas.main(["summary", "--run", str(tmp_path / "nowhere")])

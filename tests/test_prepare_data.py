@@ -4,10 +4,10 @@ import hashlib
 import json
 
 import pytest
-from conftest import read_lines
+from conftest import fails, read_lines
 
+import evaluate
 import prepare_data
-import train_gvm
 
 ULTRAFEEDBACK = [
     {"source": "x", "instruction": "Name a colour.", "models": ["a", "b", "c", "d"], "completions": [
@@ -31,11 +31,12 @@ HH = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye 🙂\n\nAssista
 ANNOTATIONS = [{"instruction": "Q", "output_1": "ref", "generator_1": "gpt4", "output_2": "mine", "generator_2": "m",
                 "annotator": "w", "preference": 1.25}]
 SCORED = [{"prompt_id": 3, "policy": "m", "response": "r", "reward": 0.5}]
+UNUSABLE = "not a usable row of the format "
 
 
 def convert(tmp_path, format, rows, gz=False, **settings):
     """Runs the conversion on the rows with everything in the value part; returns (folder, manifest)."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    text = "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows).encode()
     source = tmp_path / ("rows.jsonl.gz" if gz else "rows.jsonl")
     source.write_bytes(gzip.compress(text) if gz else text)
     args = {"split": [0.0, 1.0, 0.0, 0.0], "input": str(source), "output": str(tmp_path / "data")} | settings
@@ -44,21 +45,22 @@ def convert(tmp_path, format, rows, gz=False, **settings):
 
 
 @pytest.mark.parametrize("gz", [False, True])
-def test_ultrafeedback(tmp_path, gz):
+def test_ultrafeedback(tmp_path, gz, capsys):
     folder, manifest = convert(tmp_path, "ultrafeedback", ULTRAFEEDBACK, gz)
     rows = {row["response"]: row for row in read_lines(folder / "scored.jsonl")}
     assert {text: row["reward"] for text, row in rows.items()} == {"Red.": 8.0, "Blue!": 6.5, "Green.": 8.0}
     assert rows["Blue!"] == {"prompt": "Name a colour.", "response": "Blue!", "reward": 6.5, "policy": "b"}
-    pairs = {(row["chosen"], row["rejected"]) for row in read_lines(folder / "pairs.jsonl")}
-    assert pairs == {("Red.", "Blue!"), ("Green.", "Blue!")}                    # Red and Green tie
-    assert manifest["counts"] == {
-        "rows read": 3, "rows merged into an earlier row's prompt": 1, "answers without a usable score": 1,
-        "dropped: empty answer": 2, "dropped: repeated answer": 1, "dropped: prompts left without an answer": 1,
-        "ties: no pair made": 1}
+    pairs = {(row["chosen"], row["rejected"], row["policy_chosen"]) for row in read_lines(folder / "pairs.jsonl")}
+    assert pairs == {("Red.", "Blue!", "a"), ("Green.", "Blue!", "e")}          # Red and Green tie
+    assert manifest["left_out"] == {"answer without a score, which is for SFT only": 1, "answer without text": 2,
+                                    "repeated answer": 1, "pair of equal scores": 1}
+    source = tmp_path / ("rows.jsonl.gz" if gz else "rows.jsonl")
+    assert f"{source}:2: repeated answer\n{source}:3: answer without text\n" in (folder / "left_out.txt").read_text()
+    assert "left out, answer without text: 2\n" in capsys.readouterr().out
 
 
 def test_ultrafeedback_binarized(tmp_path):
-    folder, manifest = convert(tmp_path, "ultrafeedback_binarized", BINARIZED)
+    folder, _ = convert(tmp_path, "ultrafeedback_binarized", BINARIZED)
     assert {row["response"]: row["reward"] for row in read_lines(folder / "scored.jsonl")} == {
         "Hello 9.0": 9.0, "Go away 9.0": 4.0, "Hello 4.0": 4.0, "Go away 4.0": 4.0}
     assert all(row["chosen"] == "Hello 9.0" for row in read_lines(folder / "pairs.jsonl"))
@@ -70,9 +72,7 @@ def test_hh(tmp_path):
         "prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
                    {"role": "user", "content": "Bye 🙂"}], "chosen": "Good bye.", "rejected": "Stay."}]
     assert not (folder / "scored.jsonl").exists()                               # people gave no scores
-    counts = manifest["counts"]
-    assert counts["dropped: prompt empty, or not the same on both sides"] == 1
-    assert counts["dropped: pair with an empty answer"] == 1 == counts["dropped: pair of equal answers"]
+    assert manifest["left_out"] == {UNUSABLE + "hh": 1, "pair with an answer without text": 1, "pair of equal answers": 1}
 
 
 def test_alpaca_eval(tmp_path):
@@ -82,6 +82,26 @@ def test_alpaca_eval(tmp_path):
     prompts.write_text(json.dumps([{"prompt_id": 3, "prompt": "P"}]))           # one JSON array, not lines
     folder, _ = convert(tmp_path, "alpaca_eval", SCORED, prompts=str(prompts), overwrite=True)
     assert read_lines(folder / "scored.jsonl") == [{"prompt": "P", "response": "r", "reward": 0.5, "policy": "m"}]
+
+
+def test_a_prompt_as_text_and_as_message_is_one_prompt(tmp_path):
+    rows = [{"prompt": "Hi", "response": "a", "reward": 1}, {"prompt": [{"role": "user", "content": "Hi"}], "response": "b", "reward": 2}]
+    folder, manifest = convert(tmp_path, "jsonl", rows, split=[0.0, 0.5, 0.0, 0.5])
+    assert manifest["prompts"] == 1
+    rows = read_lines(folder / "scored.jsonl") if (folder / "scored.jsonl").exists() else read_lines(folder / "test_scored.jsonl")
+    assert [(row["prompt"], row["response"]) for row in rows] == [("Hi", "a"), ("Hi", "b")]
+
+
+def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
+    good = {"prompt": "p", "chosen": "a", "rejected": "b", "policy_chosen": "x", "policy_rejected": "y"}
+    bad = ['{"prompt": \n', "5\n", {"prompt": "", "response": "a"}, {"prompt": [], "response": "a"},
+           {"prompt": "half a character \ud83d", "response": "a"}, {"prompt": [{"role": "assistant", "content": "a"}], "response": "a"},
+           {"prompt": [{"role": "user", "content": None}], "response": "a"}]
+    folder, manifest = convert(tmp_path, "jsonl", [*bad, "\n", good, {"prompt": "p", "response": "half \ud83d"}])
+    assert read_lines(folder / "pairs.jsonl") == [good]
+    assert manifest["left_out"] == {UNUSABLE + "jsonl": len(bad), "answer without text": 1}
+    named = [line.split(": ")[0] for line in (folder / "left_out.txt").read_text().splitlines()]
+    assert named == [f"{tmp_path}/rows.jsonl:{i}" for i in [*range(1, len(bad) + 1), len(bad) + 3]]
 
 
 def test_jsonl_splits_by_prompt_and_every_stage_can_read_it(tmp_path):
@@ -94,37 +114,24 @@ def test_jsonl_splits_by_prompt_and_every_stage_can_read_it(tmp_path):
     for a, b in (("sft", "scored"), ("scored", "rl"), ("sft", "rl"), ("test_scored", "scored"), ("rl", "test_prompts")):
         assert not prompts[f"{a}.jsonl"] & prompts[f"{b}.jsonl"]
     assert all(row["response"] == "answer 2" for row in read_lines(folder / "sft.jsonl"))      # the best answer
-    fields = {"prompt": "prompt", "response": "text", "reward": "number", "policy": "text"}
-    assert len(train_gvm.read_rows(folder, "scored", fields)) == 45
+    assert len(evaluate.read_rows(str(folder), "scored", "prompt", "response", "reward", "policy")) == 45
     for name, file in manifest["files"].items():
         assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == file["sha256"]
 
 
-@pytest.mark.parametrize("format, content, pattern", [
-    ("hh", b'{"chosen": "x"', r"rows.jsonl:1: invalid JSON"),
-    ("hh", b'{"chosen": "x"}\n', r"rows.jsonl:1: not a row of the format hh .*is --format right"),
-    ("hh", b"[1]", "not a JSON object"),
-    ("hh", b"", "rows.jsonl: empty"),
-    ("alpaca_eval", b'{"prompt_id": 1, "response": "r", "reward": 1}', "pass --prompts"),
-])
-def test_bad_files(tmp_path, format, content, pattern):
-    (tmp_path / "rows.jsonl").write_bytes(content)
-    with pytest.raises(SystemExit, match=pattern):
-        prepare_data.main(prepare_data.Args(format=format, input=str(tmp_path / "rows.jsonl"), output=str(tmp_path / "d")))
-    assert not (tmp_path / "d").exists()
-
-
-def test_bad_arguments(tmp_path):
+def test_what_ends_in_an_error(tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(SCORED[0] | {"prompt": "p"}))
+    (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    broken = tmp_path / "broken.jsonl.gz"
-    broken.write_bytes(b"not gzip")
     for changes, pattern in (({"split": [1.0, 1.0, 0.0, 0.0]}, "add up to 1"), ({"input": "no/such.jsonl"}, "no such file"),
-                             ({"input": str(broken)}, "cannot be read"), ({"input": ""}, "are needed"),
-                             ({"output": str(tmp_path / "mine")}, "exists already"),
-                             ({"output": str(tmp_path / "mine"), "overwrite": True}, "will not delete")):
+                             ({"input": str(tmp_path / "empty.jsonl")}, "no usable row$"),
+                             ({"format": "hh"}, r"no usable row \(\S+rows.jsonl:1: KeyError\('chosen'\): not a usable row of the format hh"),
+                             ({"output": str(tmp_path / "mine")}, "mine: exists"),
+                             ({"output": str(tmp_path / "mine"), "overwrite": True}, "replaces data folders only")):
         args = {"input": str(tmp_path / "rows.jsonl"), "output": str(tmp_path / "out")} | changes
-        with pytest.raises(SystemExit, match=pattern):
-            prepare_data.main(prepare_data.Args(**args))
+        fails(lambda: prepare_data.main(prepare_data.Args(**args)), pattern)
+    (tmp_path / "manifest.json").write_text("{}")
+    inside = prepare_data.Args(input=str(tmp_path / "rows.jsonl"), output=str(tmp_path), overwrite=True)
+    fails(lambda: prepare_data.main(inside), "holds .*rows.jsonl, which is read here")
     assert (tmp_path / "mine" / "thesis.txt").exists() and not (tmp_path / "out").exists()
