@@ -6,14 +6,13 @@
 Section 4.2: "We fine-tune a base model to obtain an SFT model." Appendix C: "We calculate the loss only for
 the target tokens rather than the full input sequence."
 
-Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding up to the batch's width
-L.
+Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
 
     ids             x1    x2     y1     y2     END    pad
     is_response     .     .      1      1      1      .     the target: END too, or the model never stops
     logp            .     .      *      *      *      .     log pi(y_t | x, y_{<t}): logits one column earlier
 
-Sections 1 to 4 are the method; section 6 is the same text in every script, and can wait.
+Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
 """
 import json
 import math
@@ -148,7 +147,7 @@ def row_order(n, batch_size, epochs, seed):
     return torch.cat(orders).view(-1, batch_size)
 
 
-# ---- 3. Loss ----
+# ---- 3. Log-probabilities ----
 def token_logp(model, ids, is_response):
     """log pi(a_t | s_t) of the response tokens, each in its own column: (B, L) float, 0 off the mask."""
     assert not is_response[:, 0].any(), "a row begins with its answer: nothing predicts the first token"
@@ -159,6 +158,7 @@ def token_logp(model, ids, is_response):
     return torch.zeros(ids.shape, device=ids.device).masked_scatter(is_response, logp)
 
 
+# ---- 4. Loss ----
 def sft_loss(logp, is_response, denominator=None):
     """-E[log pi(y_t | x, y_{<t})]: cross-entropy of the response tokens; the prompt is given, not learned.
 
@@ -171,7 +171,7 @@ def sft_loss(logp, is_response, denominator=None):
     return nll.sum() / (is_response.sum() if denominator is None else denominator)
 
 
-# ---- 4. Training ----
+# ---- 5. Training ----
 def main(args):
     accelerator, micro_size = start_accelerator(args, args.batch_size)
     tokenizer = load_tokenizer(args.model, PLAIN_TEMPLATE)

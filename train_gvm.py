@@ -39,7 +39,7 @@ from typing import Literal, NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from datasets import load_dataset
 from tqdm import tqdm
@@ -165,7 +165,7 @@ def read_trajectories(args, tokenizer, split, supervision):
         if all(sum(map(len, answer.sequence)) <= args.max_length for answer in answers):
             kept += answers
     dropped = len(rows) - len(kept) // len(sides)
-    print(f"{split}: {len(rows)} rows; {dropped} longer than --max_length dropped")
+    PartialState().print(f"{split}: {len(rows)} rows; {dropped} longer than --max_length dropped")
     return kept
 
 
@@ -237,10 +237,9 @@ def is_last_token(is_response):
 
 
 def value_positions(is_response):
-    """The response tokens and the last prompt token: (B, L) bool -> (B, L) bool. There the model has seen s_1
-    = x and no action; with r = 0 and the target of all other positions it learns gamma * V(s_1), the baseline
-    that
-    train_dvpo.py --advantage gae needs.                                              # DEVIATION 3: V(s_1)"""
+    """The response tokens and the last prompt token: (B, L) bool -> (B, L) bool. There the state s_1 = x is seen
+    and no action; with r = 0 and the target of all other positions it learns gamma * V(s_1), which
+    train_dvpo.py --advantage gae subtracts.                                          # DEVIATION 3: V(s_1)"""
     return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
 
 
@@ -261,12 +260,10 @@ def td_loss(q, reward, is_value, gamma, td_lambda, denominator=None):
 
 @torch.no_grad()
 def lambda_return(q, reward, is_value, gamma, td_lambda):
-    """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}); 0 past the last
-    token.
+    """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}); 0 past the end.
 
-    lambda = 0 is the one-step target of section 3.2, lambda = 1 the Monte Carlo return gamma^(T-t) * r(x, y);
-    in
-    between: Sutton and Barto (2018), chapter 12.                             # DEVIATION 1: lambda
+    lambda = 0 is the one-step target of section 3.2, lambda = 1 the Monte Carlo return gamma^(T-t) * r(x, y), in
+    between see Sutton and Barto (2018), chapter 12.                          # DEVIATION 1: lambda
     q, reward (B, L) float; is_value (B, L) bool, contiguous in each row. Returns (B, L), 0 off the mask.
     """
     target = torch.zeros_like(q)

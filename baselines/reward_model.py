@@ -30,7 +30,7 @@ from typing import Literal
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from datasets import load_dataset
 from tqdm import tqdm
@@ -133,7 +133,8 @@ def read_pairs(args, tokenizer, split):
             fail(f"{args.data}, {split}, row {number}: chosen and rejected are the same")
         if all(sum(map(len, sequence)) <= args.max_length for sequence in pair):
             pairs.append(pair)
-    print(f"{split}: {len(rows)} rows; {len(rows) - len(pairs)} longer than --max_length dropped")
+    dropped = len(rows) - len(pairs)
+    PartialState().print(f"{split}: {len(rows)} rows; {dropped} longer than --max_length dropped")
     return pairs
 
 
