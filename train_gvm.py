@@ -237,8 +237,8 @@ def is_last_token(is_response):
 
 
 def value_positions(is_response):
-    """The response tokens and the last prompt token: (B, L) bool -> (B, L) bool. There the state s_1 = x is seen
-    and no action; with r = 0 and the target of all other positions it learns gamma * V(s_1), which
+    """The response tokens and the last prompt token: (B, L) bool -> (B, L) bool. At the latter the state
+    s_1 = x is seen and no action; with r = 0 and the target of the others it learns gamma * V(s_1), which
     train_dvpo.py --advantage gae subtracts.                                          # DEVIATION 3: V(s_1)"""
     return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
 
@@ -262,8 +262,8 @@ def td_loss(q, reward, is_value, gamma, td_lambda, denominator=None):
 def lambda_return(q, reward, is_value, gamma, td_lambda):
     """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}); 0 past the end.
 
-    lambda = 0 is the one-step target of section 3.2, lambda = 1 the Monte Carlo return gamma^(T-t) * r(x, y), in
-    between see Sutton and Barto (2018), chapter 12.                          # DEVIATION 1: lambda
+    lambda = 0 is the one-step target of section 3.2, lambda = 1 the Monte Carlo return gamma^(T-t) * r(x, y),
+    what is in between Sutton and Barto's (2018, chapter 12).                 # DEVIATION 1: lambda
     q, reward (B, L) float; is_value (B, L) bool, contiguous in each row. Returns (B, L), 0 off the mask.
     """
     target = torch.zeros_like(q)

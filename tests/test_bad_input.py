@@ -138,7 +138,7 @@ def test_a_reward_model_that_returns_nan(refused, runs, tmp_path):
     other = shutil.copytree(runs("reward_model"), tmp_path / "broken")
     model.save_pretrained(other)
     for name in REWARDED:
-        refused(name, "broken gives a score that is not finite", reward_model=other)
+        refused(name, "broken gives a score that is not finite", reward_model=other, overwrite=True)
 
 
 # ---- sizes, flags and folders ----
