@@ -1,12 +1,11 @@
 """Baseline: GRPO. A reward model, no critic: the other answers to the same prompt are the baseline.
 
     python baselines/grpo.py                                              # Atlas, on a laptop
-    accelerate launch baselines/grpo.py --group_size 8 --loss_normalisation dapo
+    accelerate launch baselines/grpo.py --group_size 6 --loss_normalisation dapo
 
 Shao et al. (2024): the policy answers each prompt several times. An answer's advantage is how far its score
 stands above its group's, and every token of the answer gets it. The KL penalty is a term of the loss (k3),
-not of the reward. The loss starts at about 0: a group's advantages sum to 0, and the ratio is 1. Its gradient
-is not 0.
+not of the reward. The loss starts near 0 (a group's advantages sum to 0, the ratio is 1), its gradient not.
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
 What belongs to a token stands in the token's column; B rows make tensors of shape (B, L).
@@ -72,7 +71,7 @@ class Args:
     steps: int = HfArg(default=50, help="batches of rollouts (ours)")
     batch_size: int = HfArg(default=60, help="rollouts per step, over all processes, in groups (paper: 8)")
     mini_batch_size: int = HfArg(default=30, help="rollouts per update, over all processes (paper: 4)")
-    micro_batch_size: int = HfArg(default=10, help="most rollouts per forward pass and process (paper: 2)")
+    micro_batch_size: int = HfArg(default=5, help="most rollouts per forward pass and process (paper: 2)")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run twice")
     save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
@@ -269,7 +268,7 @@ def ppo_update(accelerator, policy, optimizer, batch, advantage, lengths, micro_
     Returns {metric: float} over all processes (docs/metrics.md).
     """
     tokens = accelerator.reduce(batch[1].sum())               # response tokens of the whole batch
-    mean_length = tokens / args.batch_size
+    mean_length = tokens / args.batch_size                    # E[.]: over the batch     # DEVIATION 9: E[.]
     history, errors, norms = [], [], []                       # of each epoch, micro-batch, mini-batch
     for _ in range(args.ppo_epochs):
         micro_batches, sums = [], torch.zeros(3, device=batch[0].device)

@@ -12,7 +12,7 @@ What belongs to a token stands in the token's column; B rows make tensors of sha
     ids             x1    x2     y1     y2     END    pad
     is_response     .     .      1      1      1      .     written by the policy: the loss is about these
     logp            .     .      *      *      *      .     log pi(a_t | s_t): logits of one column earlier
-    value           .     .      V(s1)  V(s2)  V(s3)  .     the critic's: one column earlier, only the state
+    value           .     .      V(s1)  V(s2)  V(s3)  .     the critic's output of one column earlier
     reward          .     .      0      0      r      .     r(x, y) of the reward model; r^KL_t is added
     returns         .     .      R1     R2     R3     .     R_t = A_t + V(s_t): what the critic learns
 
@@ -307,8 +307,8 @@ def score_rollouts(model, reference, reward_model, sequences, micro_size, pad_id
 
 # ---- 5. Training ----
 def new_critic(args, reward_model, scale, *sizes):
-    """A value for each token. At first 0; or the score, standardised, that the reward model would give if the
-    answer ended there: its head is w * h + b, the critic's is (w * h + b - mean) / std."""
+    """A value for each token. It starts at 0; or at the score, standardised, that the reward model would give
+    if the answer ended there. Its head is w * h + b, the critic's (w * h + b - mean) / std."""
     critic = load_model(AutoModelForTokenClassification, args.model, *sizes, num_labels=1)
     critic.config.critic = True                               # for evaluate.py: V(s_t), read before the token
     head, reward_head = [getattr(m, "score", None) or m.classifier for m in (critic, reward_model)]
@@ -395,7 +395,7 @@ def main(args):
     reference = load_model(AutoModelForCausalLM, args.model, *sizes, dtype=frozen_dtype)
     reward_model = load_model(AutoModelForSequenceClassification, args.reward_model, *sizes, trained=True,
                               dtype=frozen_dtype)
-    # One scale with the KL penalty: reward_model.py measures its scores. Another's are taken as they are.
+    # reward_model.py measured mean and deviation of its scores. Other models' scores are taken as they are.
     scale = getattr(reward_model.config, "reward_model", {"reward_mean": 0.0, "reward_std": 1.0})
     critic = new_critic(args, reward_model, scale, *sizes)
     stop_ids = policy.generation_config.eos_token_id
@@ -466,12 +466,12 @@ def main(args):
         log_step(accelerator, output, {"step": step} | metrics, rollouts)
         if args.save_steps and step % args.save_steps == 0:
             save_checkpoint(accelerator, output, step)
-    plain_model, state = accelerator.unwrap_model(model), accelerator.get_state_dict(model) or {}
+    state = accelerator.get_state_dict(model) or {}           # ZeRO-3: the first process has it
     for part, folder in (("critic", output / "critic"), ("policy", output)):
         folder.mkdir(exist_ok=True)
         weights = {name.removeprefix(f"{part}."): weight for name, weight in state.items()
                    if name.startswith(f"{part}.")}
-        save_run(accelerator, plain_model.get_submodule(part), weights, tokenizer, folder,
+        save_run(accelerator, accelerator.unwrap_model(model).get_submodule(part), weights, tokenizer, folder,
                  f"PPO {part}: {args.model} after {args.steps} steps with reward model {args.reward_model}.")
     accelerator.end_training()
 

@@ -5,8 +5,7 @@
 
 Li et al. (2023): REINFORCE. A prompt is answered twice, by sampling and greedily. The sampled answer learns
 with the difference of the two scores, in one update per batch: no ratio, no clipping. The published code
-samples with top_p 0.9, scores with the whole softmax, and clips the difference at 5. Here what is sampled is
-what is scored.
+samples with top_p 0.9 but scores with the whole softmax, and clips the difference at 5: not done here.
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
 What belongs to a token stands in the token's column; B rows make tensors of shape (B, L).
@@ -153,8 +152,7 @@ def remax_advantage(score, score_greedy, reward_kl, is_response):
 
 
 def remax_loss(logp, advantage, is_response, denominator=None):
-    """REINFORCE: -E[A_t * log pi_theta(a_t|s_t)], whose gradient is minus the policy gradient. Its value says
-    nothing.
+    """REINFORCE: -E[A_t * log pi_theta(a_t|s_t)]. Its gradient, minus the policy gradient, is what counts.
 
     logp         (B, L) float  log pi_theta(a_t|s_t), with gradient
     advantage    (B, L) float  A_t, a constant                    is_response (B, L) bool
@@ -243,7 +241,8 @@ def remax_update(accelerator, policy, optimizer, batch, lengths, micro_size):
     Returns {metric: float} over all processes (docs/metrics.md).
     """
     tokens = accelerator.reduce(batch[1].sum())               # response tokens of the whole batch
-    # The one denominator. Gradients are averaged over micro-batches and processes: that is undone here.
+    # The one denominator. Gradients are averaged over micro-batches and processes: that is undone here, for
+    # E[.] over the batch's tokens.                                                        # DEVIATION 9: E[.]
     denominator = tokens / (accelerator.gradient_accumulation_steps * accelerator.num_processes)
     total, errors = torch.zeros((), device=batch[0].device), []
     for micro in lengths.argsort().split(micro_size):         # rows of like length: little padding
@@ -284,7 +283,7 @@ def main(args):
     reference = load_model(AutoModelForCausalLM, args.model, *sizes, dtype=frozen_dtype)
     reward_model = load_model(AutoModelForSequenceClassification, args.reward_model, *sizes, trained=True,
                               dtype=frozen_dtype)
-    # One scale with the KL penalty: reward_model.py measures its scores. Another's are taken as they are.
+    # reward_model.py measured mean and deviation of its scores. Other models' scores are taken as they are.
     scale = getattr(reward_model.config, "reward_model", {"reward_mean": 0.0, "reward_std": 1.0})
     stop_ids = policy.generation_config.eos_token_id
     # The stock class reads the score at the last token that is not padding: END must not be the padding.

@@ -1,31 +1,30 @@
 """Which advantage, and from which GVM (Table 9, section 3.3 and Eq. (1); deviations 1, 4 and 5).
 
-Hypothesis  A = Q - V accumulated by GAE (lambda 0.95) gives a better policy than A = Q (section 3.3), than GAE
-            with other lambdas, and than the released code's formula. A GVM trained with td_lambda 0.95 ranks
-            held-out answers better than one by Eq. (1) to the letter (0), by 0.5 or by Monte Carlo returns (1),
-            and gives a better policy. Supervision by pairs is as good as by scores (Table 9 has pairs 2.6 to 5.5
+Hypothesis  A = Q - V accumulated by GAE (lambda 0.95) gives a better policy than A = Q (section 3.3), than
+            other lambdas, and than the released code's formula. A GVM with td_lambda 0.95 ranks held-out
+            answers better than one by Eq. (1) to the letter (0), by 0.5 or by Monte Carlo returns (1), and
+            gives a better policy. Supervision by pairs is as good as by scores (Table 9 has pairs 2.6 to 5.5
             points ahead; its scores are a reward model's that learned from these pairs).
-Method      One world per seed. DVPO, 40 steps of 64 rollouts from the same SFT model: five ways to form the
-            advantage from one GVM; and one way with five GVMs, that differ in td_lambda or in their supervision
-            (pairs: +1 for the better answer, -1 for the worse one; scores: the oracle's, of half as many answers
-            again). Every GVM makes two passes over its data and every policy has the same learning rate: a
-            setting that only learns more slowly loses by it. Policies are judged by the oracle on held-out
-            questions, GVMs by how often they give the better answer of a held-out pair the higher mean value.
-            Differences are within seeds. The best setting is chosen and compared on the same seeds, and no
-            interval is widened for the number of comparisons: a lead that is barely decided is weak evidence.
+Method      One world per seed. DVPO, 40 steps of 64 rollouts from the same SFT model: five advantages from
+            one GVM; and one advantage from five GVMs that differ in td_lambda or in their supervision (pairs:
+            +1 for the better answer, -1 for the worse; scores: the oracle's, of half as many answers again).
+            Every GVM makes two passes over its data, every policy has the same learning rate: a setting that
+            only learns more slowly loses by it. Policies are judged by the oracle on held-out questions, GVMs
+            by how often they give the better answer of a held-out pair the higher mean value. Differences are
+            within seeds. The best setting is chosen and compared on the same seeds, and no interval is
+            widened for the number of comparisons: a lead that is barely decided is weak evidence.
 Command     python experiments/advantage.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/advantage.json, .md, .png
 """
-import statistics
+from statistics import mean
 
 import claims                                                 # first: it finds the project's root
 import matplotlib.pyplot as plt
 import train_dvpo
 import train_gvm
-from claims import cell, minus, verdict
+from claims import cell, claim, minus, verdict
 
-# Setting: (run folder, what differs from the defaults of the script, or repeats them). The settings that are
-# the defaults have the names of the runs that other experiments use, too.
+# Setting: (run folder, flags). Other experiments use runs with the scripts' defaults, too, by these names.
 ADVANTAGES = {
     "q": ("advantage_q", {"advantage": "q"}),
     "gae 0": ("advantage_gae_0", {"advantage": "gae", "gae_lambda": 0.0}),
@@ -45,9 +44,8 @@ USED, SCORES = "gae 0.95", "td 0.95"                          # what the claims 
 
 # ---- 1. One seed ----
 def run_seed(folder, seed, scale):
-    """{"SFT", "advantages", "GVMs": {setting: {"score", "gain", "length", "nats"}}}, of GVMs {"accuracy"}, too."""
-    start, sft = claims.base(folder, seed, scale)
-    online = {"model": sft, "steps": claims.steps(scale)} | start
+    """{"SFT", "advantages", "GVMs": {setting: {"score", "gain", "length", "nats"; of GVMs "accuracy"}}}."""
+    sft, start, online = claims.base(folder, seed, scale)
     gvms = {name: claims.train_gvm(folder / run, sft, start, **flags) for name, (run, flags) in GVMS.items()}
     policies = {name: claims.train("train_dvpo", folder / run, gvm=gvms[SCORES], **online, **flags)
                 for name, (run, flags) in ADVANTAGES.items()}
@@ -72,8 +70,8 @@ def default_of(settings, defaults):
 
 
 def support(values, default):
-    """In words: the setting with the best mean, those that the seeds cannot tell from it; where is the default?"""
-    best = max(values, key=lambda name: statistics.mean(values[name]))
+    """In words: the setting with the best mean, and those that the seeds cannot tell from it."""
+    best = max(values, key=lambda name: mean(values[name]))
     equal = [name for name in values
              if name != best and verdict(minus(values[best], values[name])) != "confirmed"]
     names = {name: f"{name} (the default)" if name == default else name for name in values}
@@ -87,21 +85,19 @@ def answer(seeds, per_seed):
     def gap(group, better, worse, key="score"):
         return minus(per_seed(group, better, key), per_seed(group, worse, key))
 
-    found = {}
+    found, accuracy = {}, ("accuracy", "accuracy, last value")
     for other in ADVANTAGES:
         if other != USED:
             ahead = gap("advantages", USED, other)
-            found[f"advantage {USED} gives a better policy than {other}"] = verdict(ahead), f"score {cell(ahead)}"
+            found[f"advantage {USED} gives a better policy than {other}"] = claim(ahead)
     for other in ("td 0", "td 0.5", "td 1"):
         name = f"{other} (Eq. (1) to the letter)" if other == "td 0" else other
-        ahead = gap("GVMs", SCORES, other)
-        found[f"a GVM by {SCORES} gives a better policy than by {name}"] = verdict(ahead), f"score {cell(ahead)}"
-        ahead, last = (gap("GVMs", SCORES, other, key) for key in ("accuracy", "accuracy, last value"))
+        found[f"a GVM by {SCORES} gives a better policy than by {name}"] = claim(gap("GVMs", SCORES, other))
+        ahead, last = (gap("GVMs", SCORES, other, key) for key in accuracy)
         found[f"a GVM by {SCORES} ranks held-out pairs better than by {name}"] = (
             verdict(ahead), f"pair accuracy {cell(ahead)}; by the last value {cell(last)}")
     words = {"confirmed": "pairs better", "not confirmed: the reverse": "scores better"}
-    ahead, last, policy = (gap("GVMs", "pairs", SCORES, key)
-                           for key in ("accuracy", "accuracy, last value", "score"))
+    ahead, last, policy = (gap("GVMs", "pairs", SCORES, key) for key in (*accuracy, "score"))
     found["Table 9: pairs or scores, which GVM ranks held-out pairs better?"] = (
         words.get(verdict(ahead), "not decided"),
         f"pairs minus scores: pair accuracy {cell(ahead)}; by the last value {cell(last)}")
@@ -112,35 +108,27 @@ def answer(seeds, per_seed):
     defaults = {"advantages": default_of(ADVANTAGES, train_dvpo.Args()),
                 "GVMs": default_of(GVMS, train_gvm.Args())}
     scores = {group: {name: per_seed(group, name, "score") for name in settings[group]} for group in settings}
-    accuracy = {name: per_seed("GVMs", name, "accuracy") for name in GVMS}
-    finding = (f"By the policy's score: of the advantages, {support(scores['advantages'], defaults['advantages'])}; "
-               f"of the GVMs, {support(scores['GVMs'], defaults['GVMs'])}; by the GVM's own pair accuracy, "
-               f"{support(accuracy, defaults['GVMs'])}.")
-    rows = [["(SFT)", per_seed("SFT", "score"), "", cell(per_seed("SFT", "length"), 1),
-             cell(per_seed("SFT", "nats"), 2)]]
-    rows += [[f"{group.removesuffix('s')} {name}" + (", the default" if name == defaults[group] else ""), values,
-              per_seed(group, name, "gain"), cell(per_seed(group, name, "length"), 1),
-              cell(per_seed(group, name, "nats"), 2)]
-             for group in scores for name, values in scores[group].items()]
-    tables = claims.table("setting | oracle score, held out | gain over SFT | length | KL (nats)", rows)
+    by = {group: support(scores[group], defaults[group]) for group in settings}
+    ranked = support({name: per_seed("GVMs", name, "accuracy") for name in GVMS}, defaults["GVMs"])
+    finding = (f"By the policy's score: of the advantages, {by['advantages']}; of the GVMs, {by['GVMs']}; "
+               f"by the GVM's own pair accuracy, {ranked}.")
+    sft = [["(SFT)", per_seed("SFT", "score"), "", per_seed("SFT", "length"), per_seed("SFT", "nats")]]
+    tables = claims.table("setting | oracle score, held out | gain over SFT | length | KL (nats)", sft + [
+        [f"{group.removesuffix('s')} {name}" + (", the default" if name == defaults[group] else ""),
+         *(per_seed(group, name, key) for key in ("score", "gain", "length", "nats"))]
+        for group in settings for name in settings[group]])
     tables += ["", *claims.table("GVM | held-out pair accuracy, mean value | last value", [
-        [name, accuracy[name], per_seed("GVMs", name, "accuracy, last value")] for name in GVMS])]
+        [name, *(per_seed("GVMs", name, key) for key in accuracy)] for name in GVMS])]
 
     picture, panels = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
-    for panel, group, title in zip(panels, scores, ("Advantages, from one GVM",
-                                                    "GVMs, with the default advantage")):
-        for i, (name, values) in enumerate(scores[group].items()):
-            mine = name == defaults[group]
-            claims.draw(panel, [i], [values], fmt="o", color="tab:blue" if mine else "tab:gray", zorder=3,
-                        label="mean, 95 % (default: blue)" if mine else None)
-            panel.plot([i + 0.15] * len(values), values, ".", color="tab:orange",
-                       label=None if i else "a seed each")
-        panel.axhline(statistics.mean(per_seed("SFT", "score")), color="black", linestyle=":", label="SFT (mean)")
+    for panel, group, title, x in ((panels[0], "advantages", "Advantages, from one GVM", "advantage, lambda"),
+                                   (panels[1], "GVMs", "GVMs, default advantage", "td_lambda, or pairs")):
+        claims.draw(panel, range(len(scores[group])), scores[group].values(), fmt="o", label="mean, 95 %")
+        for i, values in enumerate(scores[group].values()):
+            panel.plot([i + 0.15] * len(values), values, ".", color="tab:orange")
+        panel.axhline(mean(per_seed("SFT", "score")), color="black", linestyle=":", label="SFT (mean)")
         panel.set_xticks(range(len(scores[group])), scores[group])
-        panel.set(title=f"{title} ({len(seeds)} seeds)")
-        panel.legend(fontsize=7)
-    panels[0].set(xlabel="advantage (and lambda)", ylabel="oracle score, held-out questions (-1 to 1)")
-    panels[1].set(xlabel="td_lambda of the GVM, or pairs")
+        claims.label(panel, f"{title} ({len(seeds)} seeds: dots)", x, "oracle score, held-out questions")
     return found, tables, finding, picture
 
 

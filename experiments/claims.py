@@ -1,8 +1,8 @@
 """What the experiments of `make claims` share: runs that are made once, the truth about a policy, the report.
 
-An experiment is a script of its own; it imports this file and the stages, never another experiment. The world,
-the SFT model, the value models and policies of one seed are side by side in runs/claims/seedN. An experiment
-asks `train` for a run; one that is there is not made again, so that a stopped `make claims` goes on.
+An experiment is a script of its own; it imports this file and the stages, never another experiment. The
+world, models and policies of one seed are side by side in runs/claims/seedN. An experiment asks `train` for a
+run; one that is there is not made again, so that a stopped `make claims` goes on.
 """
 import argparse
 import hashlib
@@ -12,6 +12,7 @@ import multiprocessing
 import operator
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -34,10 +35,9 @@ transformers_logging.set_verbosity_error()
 import atlas  # noqa: E402
 import evaluate  # noqa: E402
 import train_dvpo  # noqa: E402
-from train_gvm import value_positions  # noqa: E402
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-LONGEST = 64                                                  # tokens of an answer, as in the training scripts
+LONGEST = 64                                                  # tokens of an answer, as in the scripts
 
 
 # ---- 1. Runs ----
@@ -50,7 +50,7 @@ def words_to(path):
 
 
 def world(folder, seed, scale):
-    """Writes data and base model of one seed; below scale 1, that share of the rows. Returns the data folder."""
+    """Data and base model of one seed; below scale 1, that share of the rows. Returns the data folder."""
     data = folder / "data"
     if not (data / "manifest.json").exists():
         with words_to(folder / "world.log"):
@@ -79,14 +79,20 @@ def train(script, output, **flags):
     return output
 
 
-def base(folder, seed, scale):
-    """What all experiments start from, with the scripts' defaults: (flags for all stages, SFT model)."""
+def base(folder, seed, scale, most=40):
+    """What all experiments start from: SFT model, flags for all stages, flags of an online method with up to
+    this many steps of 64 rollouts."""
     start = {"data": world(folder, seed, scale), "seed": seed}
-    return start, train("sft", folder / "sft", model=folder / "base", **start)
+    sft = train("sft", folder / "sft", model=folder / "base", **start)
+    return sft, start, start | {"model": sft, "steps": steps(scale, most)}
+
+
+def steps(scale, most):
+    return max(2, round(scale * most))
 
 
 def train_gvm(output, sft, start, **flags):
-    """A GVM. Two passes over the data: the demo's four rank held-out pairs no better, and take twice as long."""
+    """A GVM. Two passes over the data: four, as in the demo, rank held-out pairs no better."""
     return train("train_gvm", output, model=sft, **({"epochs": 2} | start | flags))
 
 
@@ -94,19 +100,14 @@ def train_reward_model(output, sft, start, **flags):
     return train("baselines.reward_model", output, model=sft, **({"epochs": 2} | start | flags))
 
 
-def steps(scale, most=40):
-    """Steps of an online method, of 64 rollouts each."""
-    return max(2, round(scale * most))
-
-
 def judge(log, sft, policies, start, **flags):
-    """Held-out questions, four answers each: {run folder's name: {"score", "nats" of KL to sft, "length"}}."""
+    """Answers to held-out questions: {name of run folder: {"score", "nats" of KL to sft, "length"}}."""
+    models = [str(sft), *map(str, dict.fromkeys(policies))]
+    args = evaluate.PolicyArgs(models=models, data=str(start["data"]), seed=start["seed"], **flags)
     with words_to(log):
-        models = evaluate.evaluate_policy(evaluate.PolicyArgs(
-            models=[str(sft), *map(str, dict.fromkeys(policies))], data=str(start["data"]), seed=start["seed"],
-            **flags))["models"]
+        found = evaluate.evaluate_policy(args)["models"]
     return {name: {"score": x["score"]["mean"], "nats": x["kl"]["mean"], "length": x["response_length"]}
-            for name, x in models.items()}
+            for name, x in found.items()}
 
 
 # ---- 2. Values and truth ----
@@ -133,6 +134,18 @@ def pair_accuracy(gvm):
     return {name: measured[f"pair_accuracy/{name}"] for name in ("mean", "last")}
 
 
+def by_step(run, measure):
+    """[[measure(rollout) for the rollouts of a step] for each step of a run]."""
+    found = {}
+    for row in read_lines(run / "rollouts.jsonl"):
+        found.setdefault(row["step"], []).append(measure(row))
+    return [found[step] for step in sorted(found)]
+
+
+def score(row):
+    return atlas.oracle(row["prompt"], row["response"])
+
+
 def load_policy(folder):
     """(model, tokenizer)."""
     tokenizer = train_dvpo.load_tokenizer(str(folder))
@@ -142,6 +155,10 @@ def load_policy(folder):
 def sequence(tokenizer, prompt, response):
     """(prompt ids, response ids with the end) of a finished answer."""
     return evaluate.encode_prompt(tokenizer, prompt), evaluate.encode_response(tokenizer, response)
+
+
+def sequences(tokenizer, rows, *sides):
+    return [sequence(tokenizer, row["prompt"], row[side]) for row in rows for side in sides or ["response"]]
 
 
 def answers(policy, tokenizer, prompts):
@@ -155,12 +172,11 @@ def text(tokenizer, response):
 
 
 def completions(policy, prefixes, n):
-    """n full responses (id lists) to each (prompt ids, first response ids), sampled from a language model. An
-    answer that has ended, or is as long as an answer may be, is complete already."""
+    """n full responses (id lists) to each (prompt ids, first response ids), sampled from a language model; an
+    answer that has ended, or is as long as an answer may be, is its only one."""
     stop_ids = policy.generation_config.eos_token_id
     finished = [bool(said) and (said[-1] in stop_ids or len(said) >= LONGEST) for _, said in prefixes]
     rows = [i for i, done in enumerate(finished) if not done for _ in range(n)]
-    rows.sort(key=lambda i: len(prefixes[i][1]))              # so that rows of a batch end at about the same time
     found = [[list(said)] if done else [] for (_, said), done in zip(prefixes, finished)]
     for start in range(0, len(rows), 2048):
         some = rows[start:start + 2048]
@@ -172,13 +188,27 @@ def completions(policy, prefixes, n):
 
 
 def true_values(prompts, tokenizer, completed):
-    """Q^pi of each prefix from its completions, scored by the oracle: [(mean, squared standard error), ...]."""
+    """Q^pi of each prefix from its completions and the oracle: [(mean, squared standard error), ...]."""
     found = []
     for prompt, responses in zip(prompts, completed, strict=True):
         scores = [atlas.oracle(prompt, text(tokenizer, response)) for response in responses]
-        found.append((statistics.mean(scores),
-                      statistics.variance(scores) / len(scores) if len(scores) > 1 else 0.0))
+        noise = statistics.variance(scores) / len(scores) if len(scores) > 1 else 0.0
+        found.append((statistics.mean(scores), noise))
     return found
+
+
+def own_states(folder, prompts, most, n, seed):
+    """A language model's answers, [(prompt, (prompt ids, response ids)), ...]; in the same form, of the first
+    `most` of them, prefixes that end at a random token (never the last); the true values of these."""
+    policy, tokenizer = load_policy(folder)
+    torch.manual_seed(seed)                           # the same draws whether the runs were there or not
+    rng, said, states = random.Random(seed), list(zip(prompts, answers(policy, tokenizer, prompts))), []
+    for prompt, (question, response) in said[:most]:
+        share = rng.random()                          # of a prompt: the same place in every policy's answer
+        if len(response) > 1:
+            states.append((prompt, (question, response[:1 + int(share * (len(response) - 1))])))
+    completed = completions(policy, [sequence for _, sequence in states], n)
+    return said, states, true_values([prompt for prompt, _ in states], tokenizer, completed)
 
 
 def true_value_of_program(policy, row, tokenizer, response, count, n):
@@ -193,22 +223,15 @@ def true_value_of_program(policy, row, tokenizer, response, count, n):
 
 
 @torch.no_grad()
-def token_values(folder, sequences, pad_id):
-    """What a value model says at the last prompt token and at each response token: [[V(s_1), Q_1, ...], ...], a
-    GVM in the units of its training scores. A critic's V(s_{t+1}) is Q(s_t, a_t), read at a_t, too; it has none
-    at the end. A reward model is read at every token, as if the answer ended there.
-    sequences  [(prompt ids, response ids), ...]; the prompt with its tau where the model wants one
-    """
-    model, values = AutoModelForTokenClassification.from_pretrained(folder).eval(), [None] * len(sequences)
+def token_values(folder, sequences):
+    """Of [(prompt ids, response ids), ...] the values at the last prompt token and each response token,
+    [[V(s_1), Q_1, ...], ...]; a GVM's in units of its scores. A critic's V(s_{t+1}), read at a_t, is its
+    Q(s_t, a_t); at the end it has none. A reward model is read as if the answer ended at each token."""
+    model, values = AutoModelForTokenClassification.from_pretrained(folder).eval(), []
     scale = getattr(model.config, "gvm", {"reward_mean": 0.0, "reward_std": 1.0})
-    order = sorted(range(len(sequences)), key=lambda row: sum(map(len, sequences[row])))
-    for start in range(0, len(order), 64):
-        rows = order[start:start + 64]
-        ids, is_response, _ = train_dvpo.collate([sequences[row] for row in rows], pad_id)
-        q = model(input_ids=ids, use_cache=False).logits.squeeze(-1)
-        q = q * scale["reward_std"] + scale["reward_mean"]
-        for row, line, mask in zip(rows, q, value_positions(is_response)):
-            values[row] = line[mask].tolist()
+    for prompt, response in sequences:
+        q = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1:, 0]
+        values.append((q * scale["reward_std"] + scale["reward_mean"]).tolist())
     return values
 
 
@@ -219,8 +242,8 @@ def run(doc, run_seed, answer):
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23, 24, 25], help="a world each")
     parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of data, steps, answers; below 1: a trial")
-    parser.add_argument("--runs", default="runs/claims", help="folder for the runs, shared by all experiments")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of data, steps, answers: a trial")
+    parser.add_argument("--runs", default="runs/claims", help="folder for the runs, shared by all")
     parser.add_argument("--output", default="experiments/results", help="folder for the result")
     args, started = parser.parse_args(), time.time()
     if not (len(set(args.seeds)) == len(args.seeds) in (1, *T_95) and 0 < args.scale <= 1):
@@ -232,30 +255,24 @@ def run(doc, run_seed, answer):
     print(f"{time.time() - started:.0f} s")
 
 
-def timed(run_seed, folder, seed, scale):
-    started = time.time()
-    return run_seed(folder, seed, scale), round(time.time() - started)
-
-
-def over_seeds(run_seed, args):
-    """{seed: run_seed(folder, seed, scale)}. What a seed has found is kept, and found again once the script that
-    found it has changed, up to the section that puts the answer together."""
+def over_seeds(run_seed, args, *more):
+    """{seed: run_seed(folder, seed, scale, *more)}. What a seed found is kept until the arguments change, or
+    the script does, up to the section that puts the answer together."""
     torch.set_num_threads(1)
-    source = Path(run_seed.__code__.co_filename).read_text(encoding="utf-8")
+    script = Path(run_seed.__code__.co_filename)
+    source = script.read_text(encoding="utf-8")
     source = source[source.index("\nimport "):source.index("The answer ----")]
-    version = [hashlib.sha256(source.encode()).hexdigest(), args.scale]
-    name = f"{Path(run_seed.__code__.co_filename).stem}_found.json"
-    folders = {seed: Path(args.runs) / f"seed{seed}" for seed in args.seeds}
-    kept = {seed: json.loads((folder / name).read_text()) if (folder / name).exists() else {}
-            for seed, folder in folders.items()}
-    jobs = [(folders[seed], seed, args.scale) for seed in args.seeds if kept[seed].get("made by") != version]
-    spawn, many = multiprocessing.get_context("spawn"), args.jobs > 1
-    with ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if many else nullcontext() as pool:
-        done = (pool.map if many else map)(partial(timed, run_seed), *zip(*jobs)) if jobs else ()
-        for (folder, seed, _), (found, seconds) in zip(jobs, done, strict=True):
-            kept[seed] = {"made by": version, "found": found, "seconds": seconds}
-            (folder / name).write_text(json.dumps(kept[seed]), encoding="utf-8")
-    args.seconds = [kept[seed]["seconds"] for seed in args.seeds]
+    version = [hashlib.sha256(source.encode()).hexdigest(), args.scale, *more]
+    files = {seed: Path(args.runs, f"seed{seed}", f"{script.stem}_found.json") for seed in args.seeds}
+    kept = {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+    new = [seed for seed in args.seeds if kept.get(seed, {}).get("made by") != version]
+    jobs = [(files[seed].parent, seed, args.scale, *more) for seed in new]
+    spawn = multiprocessing.get_context("spawn")
+    with (ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if args.jobs > 1
+          else nullcontext()) as pool:
+        for seed, found in zip(new, (pool.map if pool else map)(run_seed, *zip(*jobs)) if jobs else ()):
+            kept[seed] = {"made by": version, "found": found}
+            files[seed].write_text(json.dumps(kept[seed]), encoding="utf-8")
     return {str(seed): kept[seed]["found"] for seed in args.seeds}
 
 
@@ -271,7 +288,9 @@ def minus(a, b):
 def interval(values):
     """Mean and 95 % interval (Student's t over the seeds): (mean, low, high)."""
     mean = statistics.mean(values)
-    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+    if len(values) == 1:
+        return mean, float("nan"), float("nan")
+    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return mean, mean - half, mean + half
 
 
@@ -281,9 +300,13 @@ def cell(values, digits=3):
 
 
 def verdict(differences):
-    """What the seeds' differences say of the claim that they are above 0, by the 95 % interval of their mean."""
+    """What the seeds' differences say of the claim that they are above 0, by their mean's 95 % interval."""
     _, low, high = interval(differences)
     return "confirmed" if low > 0 else "not confirmed: the reverse" if high < 0 else "not decided"
+
+
+def claim(differences, what="score"):
+    return verdict(differences), f"{what} {cell(differences)}"
 
 
 def table(header, rows):
@@ -294,10 +317,29 @@ def table(header, rows):
 
 
 def draw(panel, x, values, width=None, **style):
-    """Means and 95 % intervals of values, [the numbers of the seeds, ...], at x: points, or bars of this width."""
+    """Means and 95 % intervals of values, [the numbers of the seeds, ...], at x: points, or bars."""
     means, lows, highs = zip(*map(interval, values))
     style = {"yerr": [minus(means, lows), minus(highs, means)], "capsize": 3} | style
     panel.bar(x, means, width, **style) if width else panel.errorbar(x, means, **style)
+
+
+def label(panel, title, x, y, **legend):
+    panel.set(title=title, xlabel=x, ylabel=y)
+    panel.legend(**({"fontsize": 7} | legend))
+
+
+def commit():
+    """The commit that is checked out, with a + if files differ from it."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+
+
+def write_result(folder, name, numbers, lines):
+    """NAME.json and NAME.md, which is printed, too."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder, f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    Path(folder, f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
 
 
 def report(name, args, doc, seeds, claims, tables, finding, picture):
@@ -308,24 +350,16 @@ def report(name, args, doc, seeds, claims, tables, finding, picture):
     tables   lines of markdown                       finding  the sentence it ends with, and the caption
     picture  matplotlib figure
     """
-    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
-    scaled = f" --scale {args.scale}" if args.scale != 1 else ""
-    made = {"command": f"python experiments/{name}.py --seeds {' '.join(map(str, args.seeds))}{scaled}",
-            "commit": commit.stdout.strip(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "seconds": args.seconds}
+    made = {"command": f"python experiments/{name}.py --seeds {' '.join(map(str, args.seeds))}"
+            + (f" --scale {args.scale}" if args.scale != 1 else ""), "commit": commit(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
     method = doc[doc.index("Hypothesis"):doc.index("Command")].rstrip().splitlines()
     lines = [f"# {doc.splitlines()[0]}", "", *(line.strip() and f"    {line}" for line in method), "",
-             f"`{made['command']}`, commit {made['commit']}, {made['machine']}. Mean over the seeds and its 95 % "
-             f"interval (Student's t over seeds). Seconds per seed, {args.jobs} at a time, without runs that "
-             f"another experiment had made: {', '.join(map(str, args.seconds))}.", "",
-             *table("claim | verdict | numbers", [(claim, f"**{word}**", numbers)
-                                                  for claim, (word, numbers) in claims.items()]),
+             f"`{made['command']}`, commit {made['commit']}, {made['machine']}. Mean over the seeds and its "
+             "95 % interval (Student's t over seeds).", "",
+             *table("claim | verdict | numbers", [
+                 (claim, f"**{word}**", numbers) for claim, (word, numbers) in claims.items()]),
              "", f"![{name}]({name}.png)", "", f"*{finding}*", "", *tables]
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    picture.savefig(output / f"{name}.png", dpi=110, bbox_inches="tight")
-    (output / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (output / f"{name}.json").write_text(json.dumps(made | {
-        "claims": {claim: {"verdict": word, "numbers": numbers} for claim, (word, numbers) in claims.items()},
-        "finding": finding, "seeds": seeds}, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    claims = {claim: {"verdict": word, "numbers": numbers} for claim, (word, numbers) in claims.items()}
+    write_result(args.output, name, made | {"claims": claims, "finding": finding, "seeds": seeds}, lines)
+    picture.savefig(Path(args.output, f"{name}.png"), dpi=110, bbox_inches="tight")

@@ -1,32 +1,29 @@
 """Credit for single tokens (section 6.1, Figure 3): which value model sees where an answer goes wrong?
 
-Hypothesis  The GVM says at which token an answer goes wrong (Figure 3), better than PPO's critic, and better than the
-            reward model read at every token as if each prefix were an answer ("finer-grained and more accurate
-            supervision at the token level", section 6.1). td_lambda 0.95 gives better credit than 0 and than 1.
-Method      One world per seed. Held-out answers with exactly one wrong fact and at least one right one, at most 150.
-            The wrong token is the first at which the wrong sentence parts from every right one that could stand there.
-            An estimator's advantage of a token is A_t = Q_t - Q_{t-1}; its largest drop is where A_t is lowest. EOS is
-            left out: the critic has no value there. The true Q is that of the mixture of all behaviour policies (what
-            a GVM without tau models), from 200 completions of every prefix. Neither the place of the drop nor Pearson's
-            correlation of estimated and true advantages, over all tokens of all answers, depends on an estimator's
-            scale, so none is mapped to the oracle's. The largest true drop need not be at the wrong token (a rude
-            opening costs, and gives its writer away): the truth's own rate is what one can ask of an estimator. PPO's
-            critic learned the values of PPO's policy, KL costs included, and not the mixture's.
+Hypothesis  The GVM says at which token an answer goes wrong (Figure 3), better than PPO's critic, and better than
+            the reward model read at every token as if each prefix were an answer ("finer-grained and more
+            accurate supervision at the token level", section 6.1). td_lambda 0.95 gives better credit than 0, 1.
+Method      One world per seed. Held-out answers with exactly one wrong fact and at least one right one, at most
+            150. The wrong token is the first at which the wrong sentence parts from every right one that could be
+            there. An estimator's advantage of a token is A_t = Q_t - Q_{t-1}; its largest drop is where A_t is
+            lowest. END is left out: the critic has no value there. The true Q is that of the mixture of all
+            behaviour policies (what a GVM without tau models), from 200 completions of every prefix. Neither the
+            place of the drop nor Pearson's correlation of estimated and true advantages, over all tokens of all
+            answers, depends on an estimator's scale, so none is mapped to the oracle's. The largest true drop
+            need not be at the wrong token (a rude opening costs, and gives its writer away): the truth's own rate
+            is what one can ask of an estimator. PPO's critic learned the values of PPO's policy, KL costs
+            included, and not the mixture's.
 Command     python experiments/credit.py --seeds 21 22 23 24 25        (part of make claims)
-Result      results/credit.json, results/credit.md, results/credit.png
+Result      experiments/results/credit.json, .md, .png
 """
 import os
 import re
 import statistics
-import time
 
 import claims                                                 # first: it finds the project's root
 import atlas
-import evaluate
 import matplotlib.pyplot as plt
-import torch
-from claims import cell, interval, verdict
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from claims import cell, minus, verdict
 
 ANSWERS, COMPLETIONS = 150, 200                               # answers per seed, and completions of every prefix
 ESTIMATORS = ("GVM, lambda 0.95", "GVM, lambda 0", "GVM, lambda 1", "PPO's critic", "token-wise RM")
@@ -50,7 +47,7 @@ def counted_claims(prompt, response):
 def first_wrong_character(prompt, sentence):
     """Up to which character a wrong sentence could still become a right one, by the sentences of its slot."""
     kind, country = atlas.QUESTIONS[prompt]
-    subject = country.capital if re.search(rf"\b{country.capital}\b", prompt) else country.name     # as in atlas.slots
+    subject = country.capital if re.search(rf"\b{country.capital}\b", prompt) else country.name  # as in atlas.slots
     (right_full, right_short), (wrong_full, wrong_short) = atlas.answers(kind, country, subject)
     groups = [(right_full + right_short, wrong_full + wrong_short)]
     groups += [([right], wrong) for right, wrong in atlas.extras(kind, country, subject)]
@@ -59,7 +56,7 @@ def first_wrong_character(prompt, sentence):
 
 
 def with_one_wrong_fact(rows):
-    """The rows with exactly one wrong fact and at least one right one, and in each the place of the wrong character."""
+    """The rows with exactly one wrong fact and at least one right one, each with the place of the wrong character."""
     chosen = []
     for row in rows:
         found = counted_claims(row["prompt"], row["response"])
@@ -70,55 +67,42 @@ def with_one_wrong_fact(rows):
     return chosen
 
 
-def truth_of(tokenizer, row, n):
-    """An answer's tokens without EOS, their true advantages, and which of them is the wrong one."""
-    ids = evaluate.encode_response(tokenizer, row["response"])[:-1]
-    prefixes = [(count, tokenizer.decode(ids[:count])) for count in range(len(ids) + 1)]
+def differences(values):
+    return minus(values[1:], values[:-1])
+
+
+def truth_of(tokenizer, row, ids, n):
+    """An answer's tokens without END, their true advantages, and which of them is the wrong one."""
+    texts = [tokenizer.decode(ids[:count]) for count in range(len(ids))]
     # A prefix may end inside a character: then its token is taken together with the next.
-    prefixes = [(count, text) for count, text in prefixes if row["response"].startswith(text)]
-    texts = [text for _, text in prefixes]
-    known = [atlas.true_value("any", row["prompt"], text, n) for text in texts]
-    return {"places": [count for count, _ in prefixes],
-            "tokens": [after[len(before):] for before, after in zip(texts, texts[1:])],
+    places = [count for count, text in enumerate(texts) if row["response"].startswith(text)]
+    texts = [texts[count] for count in places]
+    known = [claims.true_value_of_program("any", row, tokenizer, ids, count, n) for count in places]
+    return {"places": places, "tokens": [after[len(before):] for before, after in zip(texts, texts[1:])],
             "advantages": differences([value for value, _ in known]),
-            "variances": [a ** 2 + b ** 2 for (_, a), (_, b) in zip(known, known[1:])],       # of A: of both its ends
+            "variances": [a + b for (_, a), (_, b) in zip(known, known[1:])],            # of A: of both its ends
             "wrong": next(i for i, text in enumerate(texts[1:]) if len(text) > row["wrong_character"])}
 
 
-def differences(values):
-    return [after - before for before, after in zip(values, values[1:])]
-
-
 # ---- 2. One seed ----
-@torch.no_grad()
-def rewards_of_prefixes(folder, sequences):
-    """The reward model's score at every token, as if the answer ended there: [[at the prompt's end, 1st, ...], ...]."""
-    model, values = AutoModelForSequenceClassification.from_pretrained(folder).eval(), []
-    for prompt, response in sequences:
-        hidden = model.base_model(input_ids=torch.tensor([[*prompt, *response]])).last_hidden_state[0]
-        values.append(evaluate.value_head(model)(hidden[len(prompt) - 1:]).squeeze(-1).tolist())
-    return values
-
-
 def compare(advantages, truths):
     """How often the largest drop is at the wrong token, how often within one token of it; and the correlation."""
     misses = [abs(line.index(min(line)) - truth["wrong"]) for line, truth in zip(advantages, truths, strict=True)]
-    estimated = [a for line in advantages for a in line]
-    true = [a for truth in truths for a in truth["advantages"]]
     return {"exact": statistics.mean(miss == 0 for miss in misses),
             "near": statistics.mean(miss <= 1 for miss in misses),
-            "correlation": statistics.correlation(estimated, true)}
+            "correlation": statistics.correlation([a for line in advantages for a in line],
+                                                  [a for truth in truths for a in truth["advantages"]])}
 
 
 def rates_by_chance(truths):
     """What a drop at a random token would find: one token of T, or the wrong one and its neighbours."""
     return {"exact": statistics.mean(1 / len(truth["tokens"]) for truth in truths),
             "near": statistics.mean(sum(abs(i - truth["wrong"]) <= 1 for i in range(len(truth["tokens"])))
-                                    / len(truth["tokens"]) for truth in truths)}
+                                    / len(truth["tokens"]) for truth in truths), "correlation": 0.0}
 
 
 def worth_showing(prompt, response):
-    """Sorts answers that fall for a false premise behind all others, Figure 3's question last; then by shortness."""
+    """Sorts answers: such as fall for a false premise last, and Figure 3's question at the very end."""
     return (", and it is in" in response, prompt == "As an island, is Beijing located in Asia?", "Beijing" in prompt,
             -len(response))
 
@@ -129,23 +113,21 @@ def run_seed(folder, seed, scale):
     reward_model = claims.train_reward_model(folder / "reward_model", sft, start)
     ppo = claims.train("baselines.ppo", folder / "ppo", model=sft, reward_model=reward_model,
                        steps=claims.steps(scale), **start)
-    folders = dict(zip(ESTIMATORS, (
-        claims.train_gvm(folder / "gvm", sft, start), claims.train_gvm(folder / "gvm_td_0", sft, start, td_lambda=0.0),
-        claims.train_gvm(folder / "gvm_td_1", sft, start, td_lambda=1.0), ppo / "critic", reward_model), strict=True))
+    gvms = [claims.train_gvm(folder / "gvm", sft, start)]
+    gvms += [claims.train_gvm(folder / f"gvm_td_{x:.0f}", sft, start, td_lambda=x) for x in (0.0, 1.0)]
 
-    tokenizer = AutoTokenizer.from_pretrained(sft)
+    _, tokenizer = claims.load_policy(sft)
     usable = with_one_wrong_fact(claims.read_lines(start["data"] / "test_scored.jsonl"))
     rows = usable[:max(4, round(scale * ANSWERS))]
     # The example is measured like the others, but not counted with them: it was not drawn at random.
     example = max(usable, key=lambda row: worth_showing(row["prompt"], row["response"]))
-    shown = [*rows, example]
-    truths = [truth_of(tokenizer, row, max(4, round(scale * COMPLETIONS))) for row in shown]
+    shown, n = [*rows, example], max(4, round(scale * COMPLETIONS))
     sequences = [claims.sequence(tokenizer, row["prompt"], row["response"]) for row in shown]
+    truths = [truth_of(tokenizer, row, ids, n) for row, (_, ids) in zip(shown, sequences)]
     advantages = {}
-    for name in ESTIMATORS:
-        values = (rewards_of_prefixes(folders[name], sequences) if name == "token-wise RM" else
-                  claims.token_values(folders[name], sequences, tokenizer.pad_token_id))
-        advantages[name] = [differences([line[place] for place in truth["places"]])     # the places leave out EOS
+    for name, model in zip(ESTIMATORS, (*gvms, ppo / "critic", reward_model), strict=True):
+        values = claims.token_values(model, sequences, tokenizer.pad_token_id)
+        advantages[name] = [differences([line[place] for place in truth["places"]])
                             for line, truth in zip(values, truths, strict=True)]
 
     *truths, truth = truths
@@ -156,25 +138,19 @@ def run_seed(folder, seed, scale):
     measured["correlation"] = max(0.0, 1 - noise / statistics.pvariance(true)) ** 0.5
     return {"answers": len(rows), "tokens": len(true) / len(rows), "error of the true advantage": noise ** 0.5,
             "spread of the true advantage": statistics.pstdev(true),
-            "truth": measured, "chance": rates_by_chance(truths) | {"correlation": 0.0},
+            "truth": measured, "chance": rates_by_chance(truths),
             **{name: compare(lines[:-1], truths) for name, lines in advantages.items()},
             "example": {"prompt": example["prompt"], "tokens": truth["tokens"], "wrong": truth["wrong"],
                         "true": truth["advantages"], "GVM": advantages[OURS][-1]}}
 
 
 # ---- 3. The answer ----
-def main():
-    args, started = claims.parse(__doc__), time.time()
-    seeds = claims.over_seeds(run_seed, args)
-
-    def per_seed(name, key):
-        return [seed[name][key] for seed in seeds.values()]
-
+def answer(seeds, per_seed):
     found = {}
     for rival in RIVALS:
         for key, claim in (("exact", "finds the wrong token more often than"),
                            ("correlation", "has advantages nearer to the true ones (correlation) than")):
-            gap = [a - b for a, b in zip(per_seed(OURS, key), per_seed(rival, key))]
+            gap = minus(per_seed(OURS, key), per_seed(rival, key))
             found[f"the GVM (lambda 0.95) {claim} {rival}"] = (
                 verdict(gap), f"{cell(per_seed(OURS, key))} and {cell(per_seed(rival, key))}; difference {cell(gap)}")
     share = {name: f"{statistics.mean(per_seed(name, 'exact')):.3f}" for name in (OURS, *RIVALS, "truth", "chance")}
@@ -182,50 +158,43 @@ def main():
                f"of the cases ({', '.join(f'{name}: {share[name]}' for name in RIVALS)}; chance: "
                f"{share['chance']}, the true values' own: {share['truth']}).")
 
-    tables = ["| advantages from | largest drop at the wrong token | within one token | correlation with the truth |",
-              "|---" * 4 + "|"]
-    tables += [f"| {name} | " + " | ".join(cell(per_seed(name, key)) for key in MEASURES) + " |"
-               for name in (*ESTIMATORS, "truth", "chance")]
-    answers, tokens, error, spread = ([seed[key] for seed in seeds.values()] for key in (
-        "answers", "tokens", "error of the true advantage", "spread of the true advantage"))
-    tables += ["", f"{statistics.mean(answers):.0f} answers per seed, of {statistics.mean(tokens):.1f} tokens. Root "
-               f"mean square standard error of the true advantages {cell(error)}, their spread {cell(spread)}. "
-               "The truth's correlation is that of a perfect estimator with a truth of that error."]
-    examples = {seed: found["example"] for seed, found in seeds.items()}
-    best = max(examples, key=lambda seed: worth_showing(examples[seed]["prompt"], "".join(examples[seed]["tokens"])))
-    example = examples[best]
+    tables = claims.table(
+        "advantages from | largest drop at the wrong token | within one token | correlation with the truth",
+        [[name, *(per_seed(name, key) for key in MEASURES)] for name in (*ESTIMATORS, "truth", "chance")])
+    tables += ["", f"{statistics.mean(per_seed('answers')):.0f} answers per seed, of "
+               f"{statistics.mean(per_seed('tokens')):.1f} tokens. Root mean square standard error of the true "
+               f"advantages {cell(per_seed('error of the true advantage'))}, their spread "
+               f"{cell(per_seed('spread of the true advantage'))}. The truth's correlation is that of a perfect "
+               "estimator with a truth of that error."]
+    best, example = max(zip(seeds, per_seed("example")),
+                        key=lambda item: worth_showing(item[1]["prompt"], "".join(item[1]["tokens"])))
+    words = [token.strip() for token in example["tokens"]]
     tables += ["", f"A worked example (seed {best}): \"{example['prompt']}\" The wrong token is bold.", "",
-               "| token | true advantage | GVM's advantage |", "|---" * 3 + "|"]
-    tables += [f"| {f'**{token}**' if i == example['wrong'] else token} | {true:+.3f} | {estimate:+.3f} |"
-               for i, (token, true, estimate) in enumerate(zip(
-                   map(str.strip, example["tokens"]), example["true"], example["GVM"]))]
+               *claims.table("token | true advantage | GVM's advantage", [
+                   [f"**{word}**" if i == example["wrong"] else word, f"{true:+.3f}", f"{estimate:+.3f}"]
+                   for i, (word, true, estimate) in enumerate(zip(words, example["true"], example["GVM"]))])]
 
     picture, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for shift, key, colour in ((-0.2, "exact", "tab:blue"), (0.2, "near", "tab:orange")):
-        for i, name in enumerate(ESTIMATORS):
-            mean, low, high = interval(per_seed(name, key))
-            left.bar(i + shift, mean, 0.4, color=colour, yerr=[[mean - low], [high - mean]], capsize=3,
-                     label=MEASURES[key] if i == 0 else None)
-        left.axhline(statistics.mean(per_seed("truth", key)), color=colour, linestyle="--",
-                     label=f"the truth's own, {MEASURES[key]}")
-        left.axhline(statistics.mean(per_seed("chance", key)), color=colour, linestyle=":",
-                     label=f"chance, {MEASURES[key]}")
+        claims.draw(left, [i + shift for i in range(len(ESTIMATORS))], [per_seed(name, key) for name in ESTIMATORS],
+                    width=0.4, color=colour, label=MEASURES[key])
+        for name, words_, line in (("truth", "the truth's own", "--"), ("chance", "chance", ":")):
+            left.axhline(statistics.mean(per_seed(name, key)), color=colour, linestyle=line,
+                         label=f"{words_}, {MEASURES[key]}")
     left.set_xticks(range(len(ESTIMATORS)), [name.replace(" ", "\n", 1) for name in ESTIMATORS])
     left.set(ylabel="share of answers", ylim=(0, 1.25), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1],
              title=f"Where the largest drop is (mean of {len(seeds)} seeds, 95 %)")
     left.legend(fontsize=7, ncols=2, loc="upper right")
-    places = range(len(example["tokens"]))
-    right.bar([i - 0.2 for i in places], example["true"], 0.4, color="tab:gray", label="true")
-    right.bar([i + 0.2 for i in places], example["GVM"], 0.4, color="tab:blue", label=OURS)
+    for shift, name, colour, label in ((-0.2, "true", "tab:gray", "true"), (0.2, "GVM", "tab:blue", OURS)):
+        right.bar([i + shift for i in range(len(words))], example[name], 0.4, color=colour, label=label)
     right.axvspan(example["wrong"] - 0.5, example["wrong"] + 0.5, color="tab:red", alpha=0.15, label="the wrong token")
     right.axhline(0, color="black", linewidth=0.5)
-    right.set_xticks(places, map(str.strip, example["tokens"]), rotation=60, ha="right", fontsize=8)
+    right.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=8)
     right.set(xlabel="token", ylabel="advantage (units of the oracle's score)",
               title=f"{example['prompt']} (seed {best})")
     right.legend(fontsize=7)
-    claims.report("credit", args, __doc__, seeds, found, tables, finding, picture)
-    print(f"{time.time() - started:.0f} s")
+    return found, tables, finding, picture
 
 
 if __name__ == "__main__":
-    main()
+    claims.run(__doc__, run_seed, answer)

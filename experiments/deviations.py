@@ -1,13 +1,15 @@
 """What our departures from the paper cost or gain (docs/deviations.md), and does the value model do the work?
 
-Hypothesis  (1) The policy improves because the GVM guides it: with shuffled training rewards the gain vanishes.
-            (2) What we do where the paper says otherwise, or nothing, is at least as good as the other way.
-Method      One world per seed. DVPO, 40 steps of 64 rollouts, from the same SFT model, in which one thing differs
-            from the defaults; a GVM, two passes over its data, in which one thing differs, and DVPO with it.
-            Where a script has no setting for it, another function replaces the script's own. Judged by the oracle
-            on held-out questions; a GVM by how often it gives the better answer of a held-out pair the higher
-            mean value. Differences are within seeds. Many comparisons: an interval that barely leaves out 0 is
-            weak evidence. (Cut answers are in results/deviations.md, but no longer here: see docs/deviations.md.)
+Hypothesis  (1) The policy improves because the GVM guides it: with shuffled training rewards the gain
+            vanishes. (2) What we do where the paper says otherwise, or nothing, is at least as good as the
+            other way.
+Method      One world per seed. DVPO, 40 steps of 64 rollouts, from the same SFT model, in which one thing
+            differs from the defaults; a GVM, two passes over its data, in which one thing differs, and DVPO
+            with it. Where a script has no setting for it, another function replaces the script's own. Judged
+            by the oracle on held-out questions; a GVM by how often it gives the better answer of a held-out
+            pair the higher mean value. Many comparisons: an interval that barely leaves out 0 is weak
+            evidence. (Of cut answers the results page tells, too; they had a flag then. See
+            docs/deviations.md.)
 Command     python experiments/deviations.py --seeds 21 22 23 24 25
 Result      experiments/results/deviations.json, .md, .png
 """
@@ -20,7 +22,7 @@ import matplotlib.pyplot as plt
 import torch
 import train_dvpo
 import train_gvm
-from claims import cell, minus, verdict
+from claims import cell, claim, minus, verdict
 
 
 def q_with_kl_sum(q, reward_kl, is_response):
@@ -48,7 +50,7 @@ POLICIES = {
     "q, not whitened": (6, "deviation_q_raw", {"advantage": "q", "whiten": False}, None),
     "learning rate 5e-5": (None, "deviation_lr", {"lr": 5e-5}, None),
 }
-RIVALS = {"q, sum of later KL": "q", "q, not whitened": "q"}  # compared with this, all others with the default
+RIVALS = {"q, sum of later KL": "q", "q, not whitened": "q"}  # compared with q, all others with the default
 
 
 # ---- 1. One seed ----
@@ -66,8 +68,7 @@ def shuffled(data, target, seed):
 
 def run_seed(folder, seed, scale):
     """{"SFT" or the name of a setting: {"score", "gain", "length", "nats", of GVMs "accuracy"}}."""
-    start, sft = claims.base(folder, seed, scale)
-    online = {"model": sft, "steps": claims.steps(scale)} | start
+    sft, start, online = claims.base(folder, seed, scale)
     gvms = {"default": claims.train_gvm(folder / "gvm", sft, start, supervision="scores", td_lambda=0.95)}
     policies = {"default": claims.train("train_dvpo", folder / "dvpo", gvm=gvms["default"], advantage="gae",
                                         gae_lambda=0.95, **online)}
@@ -104,39 +105,36 @@ def answer(seeds, per_seed):
     for name, (number, *_) in sorted(settings.items(), key=lambda item: item[1][0] or 99):
         if name == "shuffled rewards":
             continue
-        gap, ours = ahead(name, "score"), RIVALS.get(name, "the default")
-        said[verdict(gap)].append(name)
-        numbers = f"score {cell(gap)}"
+        word, numbers = claim(ahead(name, "score"))
+        said[word].append(name)
         if name in GVMS:
             pairs = ahead(name, "accuracy")
             numbers += f"; pair accuracy {cell(pairs)}, {verdict(pairs)}"
-        claim = (f"deviation {number}: " if number else "") + f"{ours} gives a better policy than {name}"
-        found[claim] = verdict(gap), numbers
+        words = f"{RIVALS.get(name, 'the default')} gives a better policy than {name}"
+        found[(f"deviation {number}: " if number else "") + words] = word, numbers
     ours, theirs, open_ = ("; ".join(names) or "none" for names in (
         said["confirmed"], said["not confirmed: the reverse"], said["not decided"]))
     finding = (f"Ours is ahead, by the interval of the policies' scores, of: {ours}. It is behind: {theirs}. "
                f"Not decided: {open_}.")
 
-    tables = claims.table("DVPO with | deviation | oracle score, held out | gain over SFT | length | KL (nats)", [
-        [name, str(settings.get(name, [""])[0] or ""), per_seed(name, "score"),
-         per_seed(name, "gain") if name != "SFT" else "", cell(per_seed(name, "length"), 1),
-         cell(per_seed(name, "nats"), 2)] for name in ("SFT", "default", *settings)])
+    keys = ("score", "gain", "length", "nats")
+    tables = claims.table("DVPO with | deviation | oracle score | gain over SFT | length | KL (nats)", [
+        [name, str(settings.get(name, [""])[0] or ""),
+         *("" if (name, key) == ("SFT", "gain") else per_seed(name, key) for key in keys)]
+        for name in ("SFT", "default", *settings)])
     tables += ["", *claims.table("GVM | held-out pair accuracy, mean value", [
         [name, per_seed(name, "accuracy")] for name in ("default", *GVMS)])]
 
-    picture, panel = plt.subplots(figsize=(8, 5), layout="constrained")
-    names = [name for name in settings if name != "shuffled rewards"][::-1]
+    picture, panel = plt.subplots(figsize=(9, 4.5), layout="constrained")
+    names = [name for name in settings if name != "shuffled rewards"]
+    claims.draw(panel, range(len(names)), [ahead(name, "score") for name in names], fmt="o", label="95 %")
     for i, name in enumerate(names):
-        mean, low, high = claims.interval(ahead(name, "score"))
-        panel.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color="tab:blue", capsize=4, zorder=3,
-                       label=None if i else "mean, 95 %")
-        panel.plot(ahead(name, "score"), [i + 0.2] * len(seeds), ".", color="tab:orange",
-                   label=None if i else "a seed each")
-    panel.axvline(0, color="black", linestyle=":")
-    panel.set_yticks(range(len(names)), [f"{RIVALS.get(name, 'default')} over {name}" for name in names])
-    panel.set(xlabel="oracle score that our way is ahead by, held-out questions",
-              title=f"Our way against the other ({len(seeds)} seeds)")
-    panel.legend(fontsize=8)
+        panel.plot([i + 0.2] * len(seeds), ahead(name, "score"), ".", color="tab:orange")
+    panel.axhline(0, color="black", linestyle=":")
+    panel.set_xticks(range(len(names)), [f"{RIVALS.get(name, 'default')}\nover {name}" for name in names],
+                     rotation=45, ha="right")
+    claims.label(panel, f"Our way against the other ({len(seeds)} seeds: dots)", "",
+                 "oracle score that we are ahead by")
     return found, tables, finding, picture
 
 

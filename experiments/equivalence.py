@@ -1,44 +1,43 @@
 """Lemma 3.1: is a value model pretrained on preferences worth the same as a reward model and a critic trained on it?
 
-Hypothesis  From the same fixed pairs D, the policy gradient with a pretrained GVM and the one with a value derived from
-            a reward model differ by at most kappa(epsilon_R, epsilon_Q), "with kappa -> 0 as epsilon_R, epsilon_Q -> 0"
-            (Lemma 3.1). With more pairs the errors shrink, and so does the gap between the two gradients.
+Hypothesis  From the same fixed pairs D, the policy gradient with a pretrained GVM and the one with a value derived
+            from a reward model differ by at most kappa(epsilon_R, epsilon_Q), "with kappa -> 0 as epsilon_R,
+            epsilon_Q -> 0" (Lemma 3.1). With more pairs the errors shrink, and so does the gap between the two
+            gradients.
 Method      One world per seed, and 0.05, 0.2, 0.5 or all of its pairs. Of each share a ScalarRM and a GVM (pairs as
             +1/-1). The small shares are gone over until they have had a quarter of the updates of all pairs (11, 3
             and 1 passes; all pairs: 2), or they would just be underfit: more pairs still mean more updates, too.
             The RM becomes a value in two ways. Critic: 4,096 answers of pi_SFT, labelled by the RM, train a value
             model for 1 epoch (all pairs: also 2, to see if it still improves). Backup: the Bellman equation of
             appendix B solved by sampling, the mean RM score over completions by pi_SFT. RM and GVM are put on the
-            oracle's scale by the straight line that best predicts its rewards of 1,000 training answers from the last
-            token.
-            Truth: Q of pi_SFT at two tokens each of 150 answers to held-out questions, 16 completions each scored by
-            the oracle; the backup uses the same completions. Monte Carlo errors are taken off the mean squared errors,
-            but cannot be off the largest ones. Gradient: mean of grad log pi(a|s) (Q - mean Q) at pi_SFT over those
-            tokens, the same for every Q. It holds what a state is worth, too, which an advantage would take off; how
-            much of its norm is this sample's noise is seen once the true values are shuffled among the tokens. Bound
-            (appendix B): (largest error of the reward's value + of the GVM) x mean norm of grad log pi; or, as sharp
-            as Cauchy and Schwarz allow, root mean squares of both. Neither can fail, but for the truth's own noise:
-            what can be learned is how loose they are.
+            oracle's scale by the straight line that best predicts its rewards of 1,000 training answers from the
+            last token.
+            Truth: Q of pi_SFT at two tokens each of 150 answers to held-out questions, 16 completions each scored
+            by the oracle; the backup uses the same completions. Monte Carlo errors are taken off the mean squared
+            errors, but cannot be off the largest ones. Gradient: mean of grad log pi(a|s) (Q - mean Q) at pi_SFT
+            over those tokens, the same for every Q. It holds what a state is worth, too, which an advantage would
+            take off; how much of its norm is this sample's noise is seen once the true values are shuffled among
+            the tokens. Bound (appendix B): (largest error of the reward's value + of the GVM) x mean norm of grad
+            log pi; or, as sharp as Cauchy and Schwarz allow, root mean squares of both. Neither can fail, but for
+            the truth's own noise: what can be learned is how loose they are.
 Command     python experiments/equivalence.py --seeds 21 22 23 24 25        (part of make claims)
-Result      results/equivalence.json, results/equivalence.md, results/equivalence.png
+Result      experiments/results/equivalence.json, .md, .png
 """
 import math
 import random
 import statistics
-import time
 
 import claims                                                 # first: it finds the project's root
 import atlas
 import matplotlib.pyplot as plt
 import torch
-from baselines import reward_model
-from claims import cell, interval, verdict
-from transformers import AutoModelForSequenceClassification
+from claims import cell, minus, verdict
 
 SHARES = ("0.05", "0.2", "0.5", "1")                          # of the pairs
 PROMPTS, PLACES, COMPLETIONS = 150, 2, 16                     # of the truth
 ROLLOUTS, AT_ONCE, KNOWN = 4096, 256, 1000                    # for the critics; answers that set a scale
 DERIVED = ("critic", "backup")                                # the two values that a reward model implies
+COLOURS = {"critic": "tab:orange", "backup": "tab:green", "GVM": "tab:blue"}
 
 
 # ---- 1. The models of one share ----
@@ -62,10 +61,9 @@ def train_on_pairs(folder, sft, start, share):
             claims.train_gvm(folder / f"equivalence_gvm_{share}", sft, start, supervision="pairs", **flags))
 
 
-def reward_scores(folder, sequences, pad_id):
-    """The reward model's own scores, of a scale of their own."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    return reward_model.sequence_scores(model, sequences, 64, pad_id).tolist()
+def last_values(folder, sequences, pad_id):
+    """A GVM's value of whole answers; of a reward model the score itself, of a scale of its own."""
+    return [values[-1] for values in claims.token_values(folder, sequences, pad_id)]
 
 
 def on_line(line, values):
@@ -107,43 +105,40 @@ def run_seed(folder, seed, scale):
     """{share: {"epsilon_R" and each value: {errors; norm, gap and cosines of its gradient}}, "truth": {its error}}."""
     start, sft = claims.base(folder, seed, scale)
     policy, tokenizer = claims.load_policy(sft)
-    pad_id, end, rng = tokenizer.pad_token_id, tokenizer.eos_token_id, random.Random(seed)
+    pad_id, stop_ids, rng = tokenizer.pad_token_id, policy.generation_config.eos_token_id, random.Random(seed)
 
-    def encoded(name, most):
-        rows = claims.read_lines(start["data"] / f"{name}.jsonl")[:most]
-        return ([claims.sequence(tokenizer, row["prompt"], row["response"]) for row in rows],
-                [row["reward"] for row in rows])
+    def encoded(rows):
+        return [claims.sequence(tokenizer, row["prompt"], row["response"]) for row in rows]
 
-    known, held_out = encoded("scored", KNOWN), encoded("test_scored", KNOWN)
+    known, held_out = (claims.read_lines(start["data"] / f"{name}.jsonl")[:KNOWN] for name in ("scored", "test_scored"))
+    rewards = [row["reward"] for row in known]
 
     # The truth. Seeds are set where we sample: what was trained in this process must not change the draws.
     torch.manual_seed(seed)
-    prompts = [row["prompt"] for row in claims.read_lines(start["data"] / "test_prompts.jsonl")]
-    prompts = prompts[:max(2, round(scale * PROMPTS))]
+    prompts = claims.prompts_of(start)[:max(2, round(scale * PROMPTS))]
     said = claims.answers(policy, tokenizer, prompts)
-    places = [(row, count) for row, (_, response) in enumerate(said)            # tokens read; not the last, EOS
+    places = [(row, count) for row, (_, response) in enumerate(said)            # tokens read; not the last, END
               for count in rng.sample(range(1, len(response)), min(PLACES, len(response) - 1))]
     prefixes = [(said[row][0], said[row][1][:count]) for row, count in places]
-    completed = claims.completions(policy, tokenizer, prefixes, max(4, round(scale * COMPLETIONS)))
+    completed = claims.completions(policy, prefixes, max(4, round(scale * COMPLETIONS)))
     true = [[atlas.oracle(prompts[row], claims.text(tokenizer, response)) for response in responses]
             for (row, _), responses in zip(places, completed)]
     truth = [statistics.mean(scores) for scores in true]
     noise = [statistics.variance(scores) / len(scores) for scores in true]
-    each = [(tuple(prefix[0]), tuple(response)) for prefix, responses in zip(prefixes, completed)
-            for response in responses]
-    unique = list(dict.fromkeys(each))                        # late in an answer most completions are the same
+    unique = list(dict.fromkeys(                              # late in an answer most completions are the same
+        (tuple(prefix[0]), tuple(response)) for prefix, responses in zip(prefixes, completed) for response in responses))
 
     # What the critics learn from: pi_SFT's own answers.
     torch.manual_seed(seed + 1000)
     questions = [row["prompt"] for row in claims.read_lines(start["data"] / "rl.jsonl")]
     count = max(32, round(scale * ROLLOUTS))
     questions = (questions * math.ceil(count / len(questions)))[:count]
-    rollouts = [{"prompt": prompt, "response": claims.text(tokenizer, response)}
-                for first in range(0, count, AT_ONCE)
-                for prompt, (_, response) in zip(questions[first:first + AT_ONCE],
-                                                 claims.answers(policy, tokenizer, questions[first:first + AT_ONCE]))]
-    rollouts = [row for row in rollouts if row["response"].strip()]             # an empty answer is a bad row
-    rolled = [claims.sequence(tokenizer, row["prompt"], row["response"]) for row in rollouts]
+    rollouts = []
+    for first in range(0, count, AT_ONCE):
+        some = questions[first:first + AT_ONCE]
+        rollouts += [{"prompt": prompt, "response": claims.text(tokenizer, response)}
+                     for prompt, (_, response) in zip(some, claims.answers(policy, tokenizer, some))]
+    rollouts = [row for row in rollouts if row["response"].strip()]             # an empty answer is not a row
 
     def at_places(values):
         return [values[row][count] for row, count in places]                    # values[row][0] is V(s_1)
@@ -151,11 +146,11 @@ def run_seed(folder, seed, scale):
     values, found = {"truth": truth, "shuffled truth": rng.sample(truth, len(truth))}, {}
     for share in SHARES:
         judge, gvm = train_on_pairs(folder, sft, start, share)
-        line = statistics.linear_regression(reward_scores(judge, known[0], pad_id), known[1])
-        off = [a - b for a, b in zip(on_line(line, reward_scores(judge, held_out[0], pad_id)), held_out[1])]
+        line = statistics.linear_regression(last_values(judge, encoded(known), pad_id), rewards)
+        off = minus(on_line(line, last_values(judge, encoded(held_out), pad_id)), [row["reward"] for row in held_out])
         found[share] = {"epsilon_R": error(off, [0.0])}       # the oracle's reward has no Monte Carlo error
 
-        labels = on_line(line, reward_scores(judge, rolled, pad_id))
+        labels = on_line(line, last_values(judge, encoded(rollouts), pad_id))
         data = folder / f"equivalence_rollouts_{share}"
         claims.write_lines(data / "scored.jsonl", [row | {"reward": y} for row, y in zip(rollouts, labels)])
         for epochs in (1, 2) if share == "1" else (1,):
@@ -163,18 +158,17 @@ def run_seed(folder, seed, scale):
             critic = claims.train_gvm(folder / f"equivalence_critic_{share}_{epochs}", sft, start, data=data,
                                       epochs=epochs)
             values[share, name] = at_places(claims.token_values(critic, said, pad_id))
-        scores = dict(zip(unique, on_line(line, reward_scores(judge, unique, pad_id))))
+        scores = dict(zip(unique, on_line(line, last_values(judge, unique, pad_id))))
         believed = [[scores[tuple(prefix[0]), tuple(response)] for response in responses]
                     for prefix, responses in zip(prefixes, completed)]
         values[share, "backup"] = [statistics.mean(row) for row in believed]
-        line = statistics.linear_regression([v[-1] for v in claims.token_values(gvm, known[0], pad_id)], known[1])
+        line = statistics.linear_regression(last_values(gvm, encoded(known), pad_id), rewards)
         values[share, "GVM"] = on_line(line, at_places(claims.token_values(gvm, said, pad_id)))
 
         # The backup shares the truth's completions, and most of its luck. Its noise is that of R - r, not that of r.
-        paired = [statistics.variance([a - b for a, b in zip(*both)]) / len(both[0]) for both in zip(believed, true)]
+        paired = [statistics.variance(minus(*both)) / len(both[0]) for both in zip(believed, true)]
         for key in [key for key in values if key[0] == share]:
-            off = [a - b for a, b in zip(values[key], truth)]
-            found[share][key[1]] = error(off, paired if key[1] == "backup" else noise)
+            found[share][key[1]] = error(minus(values[key], truth), paired if key[1] == "backup" else noise)
 
     gradients, norms = policy_gradients(policy, prefixes, torch.tensor(list(values.values())))
     gradient = dict(zip(values, gradients))
@@ -194,111 +188,93 @@ def run_seed(folder, seed, scale):
                               "norm": gradient["truth"].norm().item(),
                               "norm, shuffled": gradient["shuffled truth"].norm().item(),
                               "mean norm of grad log pi": norm["max"], "rms norm of grad log pi": norm["rms"],
-                              "ended": statistics.mean(response[-1] == end for _, response in said)}}
+                              "ended": statistics.mean(response[-1] in stop_ids for _, response in said)}}
 
 
 # ---- 4. The answer ----
-def main():
-    args, started = claims.parse(__doc__), time.time()
-    seeds = claims.over_seeds(run_seed, args)
-
-    def per_seed(share, name, key):
-        return [seed[share][name][key] for seed in seeds.values()]
-
-    def minus(a, b):
-        return [x - y for x, y in zip(a, b)]
-
+def answer(seeds, per_seed):
     few, every, found = SHARES[0], SHARES[-1], {}
-    for name, words in (("epsilon_R", "the reward model's error"), ("critic", "the critic's error"),
-                        ("backup", "the backup's error"), ("GVM", "the GVM's error")):
-        less = minus(per_seed(few, name, "rms"), per_seed(every, name, "rms"))
-        found[f"{words} shrinks from {few} of the pairs to all"] = verdict(less), (
-            f"{cell(per_seed(few, name, 'rms'))} to {cell(per_seed(every, name, 'rms'))}; less by {cell(less)}")
+
+    def less(name, key):
+        return minus(per_seed(few, name, key), per_seed(every, name, key))
+
+    def words(name, key):
+        return (f"{cell(per_seed(few, name, key))} to {cell(per_seed(every, name, key))}; less by "
+                f"{cell(less(name, key))}")
+
+    for name, of in (("epsilon_R", "reward model"), ("critic", "critic"), ("backup", "backup"), ("GVM", "GVM")):
+        found[f"the {of}'s error shrinks from {few} of the pairs to all"] = verdict(less(name, "rms")), words(name, "rms")
     for name in DERIVED:
-        for key in ("gap", "relative gap"):
-            less = minus(per_seed(few, name, key), per_seed(every, name, key))
-            words = "the gradient gap" + (", as a share of the GVM's gradient," if key != "gap" else "")
-            found[f"{words} between {name} and GVM shrinks from {few} of the pairs to all"] = verdict(less), (
-                f"{cell(per_seed(few, name, key))} to {cell(per_seed(every, name, key))}; less by {cell(less)}")
-    held, loose, cases = {}, {}, len(seeds) * len(SHARES) * len(DERIVED)
-    for kind, words in (("rms", "root mean square"), ("max", "largest")):
-        pairs = [(seed[share][name]["gap"], seed[share][name][f"bound, {kind}"])
-                 for seed in seeds.values() for share in SHARES for name in DERIVED]
-        held[kind] = sum(gap <= bound for gap, bound in pairs)
-        loose[kind] = statistics.median(bound / gap for gap, bound in pairs)
+        for key, of in (("gap", ""), ("relative gap", ", as a share of the GVM's gradient,")):
+            found[f"the gradient gap{of} between {name} and GVM shrinks from {few} of the pairs to all"] = (
+                verdict(less(name, key)), words(name, key))
+    loose, cases = {}, [seed[share][name] for seed in seeds.values() for share in SHARES for name in DERIVED]
+    for kind, errors in (("rms", "root mean square"), ("max", "largest")):
+        held = sum(x["gap"] <= x[f"bound, {kind}"] for x in cases)
+        loose[kind] = statistics.median(x[f"bound, {kind}"] / x["gap"] for x in cases)
         lemma = "Lemma 3.1" if kind == "max" else "sharper than Lemma 3.1"
-        found[f"{lemma}: the gap is under the bound of the {words} errors, every seed, share, critic and backup"] = (
-            "confirmed" if held[kind] == cases else "not confirmed"), (
-            f"{held[kind]} of {cases}; the bound is {loose[kind]:.1f} times the gap (median)")
-    spare = minus(per_seed(every, "GVM", "norm"), per_seed(every, "critic", "bound, rms"))
+        found[f"{lemma}: the gap is under the bound of the {errors} errors, every seed, share, critic and backup"] = (
+            "confirmed" if held == len(cases) else "not confirmed",
+            f"{held} of {len(cases)}; the bound is {loose[kind]:.1f} times the gap (median)")
+    norm, bound = per_seed(every, "GVM", "norm"), per_seed(every, "critic", "bound, rms")
     found["with all pairs the bound of the root mean square errors says something: it is below the GVM's gradient"] = (
-        verdict(spare), f"gradient {cell(per_seed(every, 'GVM', 'norm'))}, bound "
-                        f"{cell(per_seed(every, 'critic', 'bound, rms'))}")
+        verdict(minus(norm, bound)), f"gradient {cell(norm)}, bound {cell(bound)}")
+    own = per_seed(every, "GVM", "cosine with truth")
     for name in ("critic", "critic, 2 epochs", "backup"):
-        ahead = minus(per_seed(every, "GVM", "cosine with truth"), per_seed(every, name, "cosine with truth"))
+        other = per_seed(every, name, "cosine with truth")
         found[f"with all pairs the GVM's gradient is nearer to the true one than the gradient of the {name}"] = (
-            verdict(ahead),
-            f"cosine {cell(per_seed(every, 'GVM', 'cosine with truth'))} and "
-            f"{cell(per_seed(every, name, 'cosine with truth'))}; ahead by {cell(ahead)}")
+            verdict(minus(own, other)), f"cosine {cell(own)} and {cell(other)}; ahead by {cell(minus(own, other))}")
     still = minus(per_seed(every, "critic", "rms"), per_seed(every, "critic, 2 epochs", "rms"))
     found["the critic still improves from 1 to 2 epochs"] = verdict(still), f"error less by {cell(still)}"
 
-    mean = {key: statistics.mean(per_seed(share, name, what)) for key, share, name, what in (
-        ("few", few, "critic", "gap"), ("all", every, "critic", "gap"),
-        ("cosine", every, "critic", "cosine with GVM"), ("GVM", every, "GVM", "cosine with truth"),
-        ("critic", every, "critic", "cosine with truth"))}
-    finding = (f"The gradients of critic and GVM are {mean['few']:.3f} apart with {few} of the pairs and "
-               f"{mean['all']:.3f} with all, the lemma's bound {loose['max']:.0f} times as large as the gap (median); "
-               f"with all pairs their cosine is {mean['cosine']:.2f}, and that with the true gradient "
-               f"{mean['GVM']:.2f} for the GVM and {mean['critic']:.2f} for the critic.")
-    truth = [seed["truth"] for seed in seeds.values()]
-    tables = [f"Truth: {statistics.mean(t['places'] for t in truth):.0f} (state, action) pairs per seed, root mean "
-              f"square standard error {cell([t['rms standard error'] for t in truth])}; a constant would have an "
-              f"error of {cell([t['rms error of a constant'] for t in truth])} (rms). The true gradient has norm "
-              f"{cell([t['norm'] for t in truth])}, and {cell([t['norm, shuffled'] for t in truth])} with the values "
+    gaps = {share: statistics.mean(per_seed(share, "critic", "gap")) for share in (few, every)}
+    cosine, critic = (statistics.mean(per_seed(every, "critic", f"cosine with {x}")) for x in ("GVM", "truth"))
+    finding = (f"The gradients of critic and GVM are {gaps[few]:.3f} apart with {few} of the pairs and "
+               f"{gaps[every]:.3f} with all, the lemma's bound {loose['max']:.0f} times as large as the gap (median); "
+               f"with all pairs their cosine is {cosine:.2f}, and that with the true gradient "
+               f"{statistics.mean(own):.2f} for the GVM and {critic:.2f} for the critic.")
+
+    def truth(key, digits=3):
+        return cell(per_seed("truth", key), digits)
+
+    tables = [f"Truth: {truth('places', 0)} (state, action) pairs per seed, root mean square standard error "
+              f"{truth('rms standard error')}; a constant would have an error of {truth('rms error of a constant')} "
+              f"(rms). The true gradient has norm {truth('norm')}, and {truth('norm, shuffled')} with the values "
               "shuffled: so much is this sample's noise. grad log pi: mean norm "
-              f"{cell([t['mean norm of grad log pi'] for t in truth], 2)}, root mean square "
-              f"{cell([t['rms norm of grad log pi'] for t in truth], 2)}. The noise of the truth lowers its cosines "
-              "with critic and GVM alike; less so with the backup, which shares the completions.", "",
-              "| pairs | epsilon_R: rms | largest |", "|---|---|---|"]
-    tables += [f"| {share} | {cell(per_seed(share, 'epsilon_R', 'rms'))} | "
-               f"{cell(per_seed(share, 'epsilon_R', 'max'))} |" for share in SHARES]
-    tables += ["", "| pairs | value | error, rms | largest | norm of gradient | cosine with truth | cosine with GVM | "
-               "gap to GVM | bound, rms | bound, largest |", "|---" * 10 + "|"]
-    for share in SHARES:
-        for name in ("critic", *["critic, 2 epochs"] * (share == every), "backup", "GVM"):
-            keys = ("rms", "max", "norm", "cosine with truth") + ("cosine with GVM", "gap", "bound, rms",
-                                                                  "bound, max") * (name != "GVM")
-            cells = [cell(per_seed(share, name, key)) for key in keys] + [""] * (8 - len(keys))
-            tables.append(f"| {share} | {name} | {' | '.join(cells)} |")
+              f"{truth('mean norm of grad log pi', 2)}, root mean square {truth('rms norm of grad log pi', 2)}. The "
+              "noise of the truth lowers its cosines with critic and GVM alike; less so with the backup, which "
+              "shares the completions.", "",
+              *claims.table("pairs | epsilon_R: rms | largest", [
+                  [share, *(per_seed(share, "epsilon_R", key) for key in ("rms", "max"))] for share in SHARES]), ""]
+    keys = ("rms", "max", "norm", "cosine with truth", "cosine with GVM", "gap", "bound, rms", "bound, max")
+    tables += claims.table(
+        "pairs | value | error, rms | largest | norm of gradient | cosine with truth | cosine with GVM | gap to GVM | "
+        "bound, rms | bound, largest", [
+            [share, name, *("" if name == "GVM" and key in keys[4:] else per_seed(share, name, key) for key in keys)]
+            for share in SHARES for name in ("critic", "critic, 2 epochs", "backup", "GVM")
+            if name in seeds[min(seeds)][share]])
 
     picture, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-
-    def draw(axes, name, key, **style):
-        means, lows, highs = zip(*(interval(per_seed(share, name, key)) for share in SHARES))
-        axes.errorbar([float(share) for share in SHARES], means, [[m - low for m, low in zip(means, lows)],
-                      [high - m for m, high in zip(means, highs)]], marker="o", capsize=2, **style)
-
-    for name, colour in (("epsilon_R", "tab:gray"), ("critic", "tab:orange"), ("backup", "tab:green"),
-                         ("GVM", "tab:blue")):
-        draw(left, name, "rms", color=colour, label="reward model, whole answers" if name == "epsilon_R" else name)
-    draw(right, "critic", "bound, max", color="tab:orange", linestyle=":", label="bound, critic and GVM (largest)")
-    draw(right, "critic", "bound, rms", color="tab:orange", linestyle="--", label="bound, critic and GVM (rms)")
-    draw(right, "critic", "gap", color="tab:orange", label="gap, critic and GVM")
-    draw(right, "backup", "gap", color="tab:green", label="gap, backup and GVM")
-    draw(right, "GVM", "norm", color="tab:blue", label="the GVM's gradient itself")
+    for panel, name, key, colour, line, label in (
+            (left, "epsilon_R", "rms", "tab:gray", "-", "reward model, whole answers"),
+            *((left, name, "rms", colour, "-", name) for name, colour in COLOURS.items()),
+            (right, "critic", "bound, max", "tab:orange", ":", "bound, critic and GVM (largest)"),
+            (right, "critic", "bound, rms", "tab:orange", "--", "bound, critic and GVM (rms)"),
+            *((right, name, "gap", COLOURS[name], "-", f"gap, {name} and GVM") for name in DERIVED),
+            (right, "GVM", "norm", "tab:blue", "-", "the GVM's gradient itself")):
+        claims.draw(panel, [float(share) for share in SHARES], [per_seed(share, name, key) for share in SHARES],
+                    marker="o", color=colour, linestyle=line, label=label)
     left.set(xlabel="share of the pairs", ylabel="error (score units, rms)", xscale="log", ylim=(0, None),
              title=f"Errors against the truth ({len(seeds)} seeds)")
     right.set(xlabel="share of the pairs", ylabel="norm (score units per unit of weight)", xscale="log", yscale="log",
               title=f"Policy gradients and their bounds ({len(seeds)} seeds)")
-    for axes in (left, right):
-        axes.set_xticks([float(share) for share in SHARES], SHARES)
-        axes.minorticks_off()
+    for panel in (left, right):
+        panel.set_xticks([float(share) for share in SHARES], SHARES)
+        panel.minorticks_off()
     left.legend(fontsize=7)
     right.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)      # inside it hides curves
-    claims.report("equivalence", args, __doc__, seeds, found, tables, finding, picture)
-    print(f"{time.time() - started:.0f} s")
+    return found, tables, finding, picture
 
 
 if __name__ == "__main__":
-    main()
+    claims.run(__doc__, run_seed, answer)

@@ -1,23 +1,23 @@
 """Table 8 in kind: does the GVM get better with a larger model, and with more data?
 
 Hypothesis  "The value model's performance exhibits a clear scaling law, with larger models achieving higher
-            accuracy" (appendix E, Table 8: mean value 63.6 % of pairs with 3 billion parameters, 70.6 % with 13;
-            the four models there also differ in their family). Atlas can ask the same of data, and of the error
-            against the true Q.
-Method      One world per seed. Models: hidden size 32, 64, 96 and 128 with 1, 2, 2 and 3 layers, each with a base
-            model and SFT of its own (the three small ones 2 epochs, the largest, which all experiments share, 4:
-            part of its lead may be that). Data: the first 1/8, 1/4, 1/2 or all of the scored answers, largest
-            model. Every GVM sees its data twice, so fewer answers also mean fewer updates. Pair accuracy is that
-            of the run itself, on the held-out pairs. The true Q is that of all behaviour policies together, which
-            is what a GVM without tau models: 200 completions at the first, the middle and the last but one token
-            of 150 held-out answers; what Monte Carlo adds to the squared error is taken off. Per seed a straight
-            line by least squares, on log2 of the parameters (embeddings included) and on log2 of the answers; its
-            slope is the gain per doubling.
+            accuracy" (appendix E, Table 8: mean value 63.6 % of pairs with 3 billion parameters, 70.6 % with
+            13; the four models there also differ in their family). Atlas can ask the same of data, and of the
+            error against the true Q.
+Method      One world per seed. Models: hidden size 32, 64, 96 and 128 with 1, 2, 2 and 3 layers, each with a
+            base model and SFT of its own (the small ones 2 epochs, the largest, which all experiments share,
+            4: part of its lead may be that). Data: the first 1/8, 1/4, 1/2 or all of the scored answers,
+            largest model. Every GVM sees its data twice, so fewer answers also mean fewer updates. Pair
+            accuracy is that of the run itself, on the held-out pairs. The true Q is that of all behaviour
+            policies together, which is what a GVM without tau models: 200 completions at the first, the
+            middle and the last but one token of 150 held-out answers; what Monte Carlo adds to the squared
+            error is taken off. Per seed a least squares line on log2 of the parameters (embeddings included),
+            or of the answers; its slope is the gain per doubling.
 Command     python experiments/scaling.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/scaling.json, .md, .png
 """
-import math
-import statistics
+from math import log2
+from statistics import linear_regression, mean, pvariance
 
 import claims                                                 # first: it finds the project's root
 import atlas
@@ -25,13 +25,12 @@ import matplotlib.pyplot as plt
 from claims import cell, verdict
 from transformers import AutoModelForTokenClassification
 
-SIZES = ((32, 1), (64, 2), (96, 2))                           # hidden, layers; the largest is the shared (128, 3)
-SHARES = (0.125, 0.25, 0.5)                                   # of the scored answers; all of them: the shared GVM
+SIZES = ((32, 1), (64, 2), (96, 2))                           # hidden, layers; the largest: the shared (128, 3)
+SHARES = (0.125, 0.25, 0.5)                                   # of the scored answers; all: the shared GVM
 ANSWERS, COMPLETIONS = 150, 200                               # of the truth
 PLACES = ("first", "middle", "last but one")
-MEASURES = {                                                  # name: (unit, factor)
-    "mean": ("points of pair accuracy, mean value", 100), "last": ("points of pair accuracy, last value", 100),
-    "error": ("squared error against the true Q", 1)}
+MEASURES = {"mean": ("points of pair accuracy, mean value", 100),              # name: (unit, factor)
+            "last": ("points of pair accuracy, last value", 100), "error": ("squared error against the true Q", 1)}
 
 
 # ---- 1. The models ----
@@ -68,41 +67,40 @@ def true_values(rows, sequences, tokenizer, completions):
 def squared_errors(values, truth):
     """{place: mean squared error, Monte Carlo error of the truth taken off; "error": of all places}."""
     errors = {}
-    for row, count, place, mean, variance in truth:
+    for row, count, place, true, variance in truth:
         for key in (place, "error"):
-            errors.setdefault(key, []).append((values[row][count] - mean) ** 2 - variance)     # [0] is V(s_1)
-    return {key: statistics.mean(found) for key, found in errors.items()}
+            errors.setdefault(key, []).append((values[row][count] - true) ** 2 - variance)     # [0]: V(s_1)
+    return {key: mean(found) for key, found in errors.items()}
 
 
 # ---- 3. One seed ----
 def run_seed(folder, seed, scale):
-    """{"size", "data": [{"parameters", "rows", "mean", "last", "error", ...} from small to large], "truth"}."""
-    start, sft = claims.base(folder, seed, scale)
-    _, tokenizer = claims.load_policy(sft)                    # all sizes have the same: it is trained on all texts
+    """{"size", "data": [{"parameters", "rows", "mean", "last", "error", ...}, ...] from small to large, "truth"}"""
+    sft, start, _ = claims.base(folder, seed, scale)
+    _, tokenizer = claims.load_policy(sft)                    # all sizes have the same one
     held_out = claims.read_lines(start["data"] / "test_scored.jsonl")[:max(4, round(scale * ANSWERS))]
-    sequences = [claims.sequence(tokenizer, row["prompt"], row["response"]) for row in held_out]
+    sequences = claims.sequences(tokenizer, held_out)
     truth = true_values(held_out, sequences, tokenizer, max(10, round(scale * COMPLETIONS)))
 
     def measured(gvm, rows):
         parameters = AutoModelForTokenClassification.from_pretrained(gvm).num_parameters()
-        values = claims.token_values(gvm, sequences, tokenizer.pad_token_id)
-        return ({"parameters": parameters, "rows": rows} | claims.pair_accuracy(gvm)
-                | squared_errors(values, truth))
+        errors = squared_errors(claims.token_values(gvm, sequences), truth)
+        return {"parameters": parameters, "rows": rows} | claims.pair_accuracy(gvm) | errors
 
     every = len(claims.read_lines(start["data"] / "scored.jsonl"))
     largest = measured(claims.train_gvm(folder / "gvm", sft, start), every)
     sizes = [measured(smaller_model(folder, seed, start, *size), every) for size in SIZES]
     data = [measured(*less_data(folder, sft, start, share)) for share in SHARES]
-    average = statistics.mean(mean for *_, mean, _ in truth)
+    noise = mean(variance for *_, variance in truth)
     return {"size": sizes + [largest], "data": data + [largest],
-            "truth": {"places": len(truth), "rms standard error": statistics.mean(t[4] for t in truth) ** 0.5,
-                      "error of a constant": statistics.mean((t[3] - average) ** 2 - t[4] for t in truth)}}
+            "truth": {"places": len(truth), "rms standard error": noise ** 0.5,
+                      "error of a constant": pvariance([true for *_, true, _ in truth]) - noise}}
 
 
 # ---- 4. The answer ----
 def slope(points, size, measure):
     """Gain in a measure per doubling of a size."""
-    return statistics.linear_regression([math.log2(point[size]) for point in points],
+    return linear_regression([log2(point[size]) for point in points],
                                         [point[measure] for point in points]).slope
 
 
@@ -110,7 +108,7 @@ def answer(seeds, per_seed):
     axes = {"size": ("parameters", "a larger model"), "data": ("rows", "more data")}
     found, per_doubling = {}, {}
     for axis, (size, words) in axes.items():
-        doublings = statistics.mean(math.log2(points[-1][size] / points[-2][size]) for points in per_seed(axis))
+        doublings = mean(log2(points[-1][size] / points[-2][size]) for points in per_seed(axis))
         for measure, (unit, factor) in MEASURES.items():
             sign = -1 if measure == "error" else 1            # what is better
             slopes = [factor * slope(points, size, measure) for points in per_seed(axis)]
@@ -120,42 +118,35 @@ def answer(seeds, per_seed):
                                                    f"{cell(slopes)} per doubling of {size}")
             found[f"{words} still helps at the last step: {unit}"] = (
                 verdict([sign * x for x in steps]), f"{cell(steps)} for {doublings:.1f} doublings")
-    table_8 = (70.55 - 63.61) / math.log2(13 / 3)             # its smallest and its largest model
-    finding = (f"A doubling of the parameters changes the pair accuracy of the mean value by "
-               f"{cell(per_doubling['size', 'mean'], 2)} points (Table 8, from 3 to 13 billion: {table_8:.2f}), "
-               f"a doubling of the data by {cell(per_doubling['data', 'mean'], 2)} points; the squared error "
-               f"against the true Q changes by {cell(per_doubling['size', 'error'], 4)} and "
-               f"{cell(per_doubling['data', 'error'], 4)}.")
+    table_8 = (70.55 - 63.61) / log2(13 / 3)                  # its smallest and its largest model
+    (size, less), (data, less_of_data) = (
+        (cell(per_doubling[axis, "mean"], 2), cell(per_doubling[axis, "error"], 4)) for axis in axes)
+    finding = (f"A doubling of the parameters changes the pair accuracy of the mean value by {size} points "
+               f"(Table 8, from 3 to 13 billion: {table_8:.2f}), a doubling of the data by {data} points; the "
+               f"squared error against the true Q changes by {less} and {less_of_data}.")
 
-    tables = [f"Truth: {statistics.mean(per_seed('truth', 'places')):.0f} places per seed, root mean square standard "
-              f"error {cell(per_seed('truth', 'rms standard error'))}; a constant would have a squared error of "
+    tables = [f"Truth: {cell(per_seed('truth', 'places'), 0)} places per seed, root mean square standard error "
+              f"{cell(per_seed('truth', 'rms standard error'))}; a constant would have a squared error of "
               f"{cell(per_seed('truth', 'error of a constant'))}.", ""]
-    points = [(axis, step) for axis in axes for step in range(len(per_seed(axis)[0]))][:-1]  # the largest once
+    points = [(axis, step) for axis in axes for step in range(len(per_seed(axis)[0]))][:-1]  # largest: once
     tables += claims.table(
-        "parameters | answers | accuracy, mean value | last value | squared error, all places | " + " | ".join(PLACES),
+        f"parameters | answers | accuracy, mean value | last value | squared error | {' | '.join(PLACES)}",
         [[f"{per_seed(*point, size)[0]:,}" for size in ("parameters", "rows")]
          + [per_seed(*point, key) for key in (*MEASURES, *PLACES)] for point in points])
 
     picture, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, colour, label in (("size", "tab:blue", "parameters"), ("data", "tab:orange", "scored answers")):
-        full = per_seed(axis)[0][-1]
+    full = per_seed("size")[0][-1]
+    for axis, colour, name in (("size", "tab:blue", "parameters"), ("data", "tab:orange", "scored answers")):
         shares = [point[axes[axis][0]] / full[axes[axis][0]] for point in per_seed(axis)[0]]
-        for panel, measure, style in ((panels[0], "mean", "-"), (panels[0], "last", "--"), (panels[1], "error", "-")):
-            values = [per_seed(axis, step, measure) for step in range(len(shares))]
-            name = f"{label}, {measure} value" if measure != "error" else label
-            claims.draw(panel, shares, values, fmt="o" + style, color=colour, label=name)
-            if measure != "last":                             # the straight line whose slope the claims give
-                means = [statistics.mean(numbers) for numbers in values]
-                line = statistics.linear_regression([math.log2(share) for share in shares], means)
-                panel.plot(shares, [line.slope * math.log2(share) + line.intercept for share in shares], ":",
-                           color=colour, label=f"{name}, fitted")
-    for panel in panels:
+        for measure, style in (("mean", "-"), ("last", "--"), ("error", "-")):
+            claims.draw(panels[measure == "error"], shares, [
+                per_seed(axis, step, measure) for step in range(len(shares))], fmt=f"o{style}", color=colour,
+                label=f"{name}, {measure}")
+    for panel, title, y in ((panels[0], "Which answer is better?", "held-out pair accuracy"),
+                            (panels[1], "Error against the true Q", "squared error (score units squared)")):
         panel.set_xscale("log", base=2)
-        panel.set_xlabel(f"share of {full['parameters']:,} parameters, or of {full['rows']:,} answers")
-        panel.legend(fontsize=7)
-    panels[0].set(ylabel="held-out pair accuracy", title=f"Which answer is better? ({len(seeds)} seeds)")
-    panels[1].set(ylabel="squared error (score units squared)",
-                  title=f"Error against the true Q ({len(seeds)} seeds)")
+        claims.label(panel, f"{title} ({len(seeds)} seeds)",
+                     f"share of {full['parameters']:,} parameters, or of {full['rows']:,} answers", y)
     return found, tables, finding, picture
 
 

@@ -1,33 +1,34 @@
 """Distribution shift: how far a frozen value model can be trusted away from its data, and what DVPO still gains there.
 
-Hypothesis  On questions unlike those of its training, and on answers of policies unlike those in its data, the GVM's
-            values are worse. DVPO still gains over SFT with such a GVM, but less than with one that knows them.
-Method      One world per seed. Questions: a GVM is trained without one of the four kinds of question (kind number seed
-            modulo 4); another without a quarter of the countries, asked or named (in answers about others they would
-            all be lies); a control on as many rows of all questions. (The SFT model, from which all three start, has
-            seen every kind and country.) DVPO, 30 steps, on new prompts of the
-            unseen sort only, with the GVM that never saw it and with the control; judged on held-out prompts of that
-            sort. Policies: the GVM of all data meets answers of the five behaviour policies' mixture, which wrote its
-            data; of SFT; of DVPO's final policy; of SFT at temperature 2; and of a "stranger", a program that is rude
-            and chatty at once, right half of the time. The stranger's answers are also held against how the mixture
-            would go on from there: that part of the error is due to unlike text, the rest to another way to go on.
-            Values are compared with the true Q of the policy that wrote the answer (Monte Carlo: 200 completions of a
-            program, 16 of a language model) at random prefixes of answers to held-out prompts. The squared standard
-            error of the truth is taken off both the squared error and the variance of Q, which is what a constant
-            would err. Explained = 1 - error / variance: 1 is perfect, 0 no better than that constant.
+Hypothesis  On questions unlike those of its training, and on answers of policies unlike those in its data, the
+            GVM's values are worse. DVPO still gains over SFT with such a GVM, but less than with one that knows
+            them.
+Method      One world per seed. Questions: a GVM is trained without one of the four kinds of question (kind number
+            seed modulo 4); another without a quarter of the countries, asked or named (in answers about others
+            they would all be lies); a control on as many rows of all questions. (The SFT model, from which all
+            three start, has seen every kind and country.) DVPO, 30 steps, on new prompts of the unseen sort only,
+            with the GVM that never saw it and with the control; judged on held-out prompts of that sort.
+            Policies: the GVM of all data meets answers of the five behaviour policies' mixture, which wrote its
+            data; of SFT; of DVPO's final policy; of SFT at temperature 2; and of a "stranger", a program that is
+            rude and chatty at once, right half of the time. The stranger's answers are also held against how the
+            mixture would go on from there: that part of the error is due to unlike text, the rest to another way
+            to go on. Values are compared with the true Q of the policy that wrote the answer (Monte Carlo: 200
+            completions of a program, 16 of a language model) at random prefixes of answers to held-out prompts.
+            The squared standard error of the truth is taken off both the squared error and the variance of Q,
+            which is what a constant would err. Explained = 1 - error / variance: 1 is perfect, 0 no better than
+            that constant.
 Command     python experiments/shift.py --seeds 21 22 23 24 25        (part of make claims)
-Result      results/shift.json, results/shift.md, results/shift.png
+Result      experiments/results/shift.json, .md, .png
 """
 import random
 import statistics
-import time
 from unittest.mock import patch
 
 import claims                                                 # first: it finds the project's root
 import atlas
 import matplotlib.pyplot as plt
 import torch
-from claims import cell, interval, verdict
+from claims import cell, minus, verdict
 
 ROWS = 3000                                                   # of training data for each of the three GVMs
 PREFIXES, BY_PROGRAM, BY_MODEL = 120, 200, 16                 # prefixes per policy; completions of each
@@ -40,14 +41,11 @@ def of_program(policy, rows, tokenizer, n, rng):
     """At one random prefix of each {"prompt", "response"}; from no token (V(s_1)) to all of them (the reward)."""
     points = []
     for row in rows:
-        prompt, response = sequence = claims.sequence(tokenizer, row["prompt"], row["response"])
+        _, response = sequence = claims.sequence(tokenizer, row["prompt"], row["response"])
         count = rng.randint(0, len(response))
-        prefix = tokenizer.decode(response[:count]).removesuffix(tokenizer.eos_token)
-        if not row["response"].startswith(prefix):            # half a character
-            continue
-        prefix += atlas.END if count == len(response) else ""
-        mean, error = atlas.true_value(policy, row["prompt"], prefix, n)
-        points.append((sequence, count, mean, error ** 2))
+        truth = claims.true_value_of_program(policy, row, tokenizer, response, count, n)
+        if truth:
+            points.append((sequence, count, *truth))
     return points
 
 
@@ -56,22 +54,18 @@ def of_model(policy, tokenizer, prompts, n, rng):
     sequences = claims.answers(policy, tokenizer, prompts)
     counts = [rng.randint(0, len(response)) for _, response in sequences]
     prefixes = [(prompt, response[:count]) for (prompt, response), count in zip(sequences, counts)]
-    truths = claims.true_values(prompts, tokenizer, claims.completions(policy, tokenizer, prefixes, n))
+    truths = claims.true_values(prompts, tokenizer, claims.completions(policy, prefixes, n))
     return [(sequence, count, *truth) for sequence, count, truth in zip(sequences, counts, truths)]
 
 
-def compare(values, points):
+def value_error(gvm, points, pad_id):
     """How near values are to the truth: {"error", "variance" of the true Q, "explained", "noise" of the truth}."""
-    squared = [(value - truth) ** 2 - error for value, (_, _, truth, error) in zip(values, points, strict=True)]
+    lines = claims.token_values(gvm, [sequence for sequence, *_ in points], pad_id)
     noise = statistics.mean(error for *_, error in points)
-    error, variance = statistics.mean(squared), statistics.variance(truth for _, _, truth, _ in points) - noise
+    error = statistics.mean((line[count] - truth) ** 2 for line, (_, count, truth, _) in zip(lines, points)) - noise
+    variance = statistics.variance(truth for _, _, truth, _ in points) - noise
     # In a trial a few bad answers may be equally bad; the floor keeps that from being a division by 0.
     return {"error": error, "variance": variance, "explained": 1 - error / max(variance, 1e-3), "noise": noise ** 0.5}
-
-
-def value_error(gvm, points, pad_id):
-    lines = claims.token_values(gvm, [sequence for sequence, *_ in points], pad_id)
-    return compare([line[count] for line, (_, count, *_) in zip(lines, points)], points)
 
 
 def pair_accuracy(gvm, pairs, tokenizer):
@@ -119,22 +113,22 @@ def questions_shift(folder, seed, scale, start, sft, tokenizer):
         flags = online | start | {"data": place, "batch_size": 64 if len(prompts) >= 64 else 32}
         answers = unseen(sort, "test_scored")[:max(8, round(scale * PREFIXES))]
         points = of_program("any", answers, tokenizer, max(2, round(scale * BY_PROGRAM)), rng)
-        runs = {which: claims.train("train_dvpo", folder / f"shift_dvpo_{sort}_{which}", gvm=gvms[gvm], **flags)
-                for which, gvm in (("without", sort), ("control", "control"))}
+        which_gvm = {"without": gvms[sort], "control": gvms["control"]}
+        runs = {which: claims.train("train_dvpo", folder / f"shift_dvpo_{sort}_{which}", gvm=gvm, **flags)
+                for which, gvm in which_gvm.items()}
         judged = claims.judge(folder / f"shift_{sort}.log", sft, runs.values(), start | {"data": place},
                               samples=max(2, round(scale * 6)))
         found[sort] = {"unseen": kind if sort == "kind" else sorted(countries), "prompts": len(prompts),
                        "score": judged[sft.name]["score"]}
-        for which, gvm in (("without", sort), ("control", "control")):
-            found[sort][which] = judged[runs[which].name] | value_error(gvms[gvm], points, tokenizer.pad_token_id)
-            found[sort][which]["pairs"] = pair_accuracy(gvms[gvm], unseen(sort, "test_pairs"), tokenizer)
+        for which, gvm in which_gvm.items():
+            found[sort][which] = judged[runs[which].name] | value_error(gvm, points, tokenizer.pad_token_id)
+            found[sort][which]["pairs"] = pair_accuracy(gvm, unseen(sort, "test_pairs"), tokenizer)
     return found
 
 
 def policies_shift(seed, scale, start, sft, gvm, dvpo):
-    """{policy: what `compare` says of the GVM on its answers}."""
-    rng = random.Random(f"policies {seed}")
-    prompts = [row["prompt"] for row in claims.read_lines(start["data"] / "test_prompts.jsonl")]
+    """{policy: what value_error says of the GVM on its answers}."""
+    rng, prompts = random.Random(f"policies {seed}"), claims.prompts_of(start)
     prompts = rng.sample(prompts, min(len(prompts), max(8, round(scale * PREFIXES))))
     by_program, by_model = (max(2, round(scale * n)) for n in (BY_PROGRAM, BY_MODEL))
     policy, tokenizer = claims.load_policy(sft)
@@ -146,10 +140,10 @@ def policies_shift(seed, scale, start, sft, gvm, dvpo):
     torch.manual_seed(seed)
     points["SFT"] = of_model(policy, tokenizer, prompts, by_model, rng)
     points["DVPO"] = of_model(claims.load_policy(dvpo)[0], tokenizer, prompts, by_model, rng)
-    # A temperature is a division of the logits. generate() has one too, but `rollout` leaves it at 1.
+    # A temperature is a division of the logits; `rollout` has none.
     policy.get_output_embeddings().register_forward_hook(lambda layer, states, logits: logits / 2)
     points["SFT, temperature 2"] = of_model(policy, tokenizer, prompts, by_model, rng)
-    with patch.dict(atlas.POLICIES, stranger=STRANGER):       # not for longer: "any" is all that stand there
+    with patch.dict(atlas.POLICIES, stranger=STRANGER):       # not for longer: "any" is all that are in there
         strange, state = answers("stranger"), rng.getstate()
         points["stranger"] = of_program("stranger", strange, tokenizer, by_program, rng)
     rng.setstate(state)                                       # the same prefixes once more
@@ -162,62 +156,26 @@ def run_seed(folder, seed, scale):
     start, sft = claims.base(folder, seed, scale)
     gvm = claims.train_gvm(folder / "gvm", sft, start)
     dvpo = claims.train("train_dvpo", folder / "dvpo", model=sft, gvm=gvm, steps=claims.steps(scale), **start)
-    tokenizer = claims.load_policy(sft)[1]
+    _, tokenizer = claims.load_policy(sft)
     return {"questions": questions_shift(folder, seed, scale, start, sft, tokenizer),
             "policies": policies_shift(seed, scale, start, sft, gvm, dvpo)}
 
 
 # ---- 3. The answer ----
-def draw(seeds, gains, errors, variances):
-    picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
-    for offset, which, label, colour in ((-0.18, "without", "GVM never saw them", "tab:red"),
-                                         (0.18, "control", "GVM saw all, as many rows", "tab:blue")):
-        for x, sort in enumerate(SORTS):
-            mean, low, high = interval(gains[sort, which])
-            left.bar(x + offset, mean, 0.34, yerr=[[mean - low], [high - mean]], color=colour, capsize=4,
-                     label=label if x == 0 else None)
-    left.axhline(0, color="black", linewidth=0.8)
-    left.set_xticks(range(len(SORTS)), SORTS.values())
-    left.set(ylabel="gain of DVPO over SFT (oracle score, -1 to 1)",
-             title=f"DVPO on unseen questions ({len(seeds)} seeds, 95 % intervals)")
-    left.margins(y=0.3)                                       # room for the legend
-    left.legend(fontsize=8)
-    for x, (name, values) in enumerate(errors.items()):
-        mean, low, high = interval(values)
-        right.bar(x, mean, 0.6, yerr=[[mean - low], [high - mean]], color="tab:blue", capsize=4,
-                  label="the GVM" if x == 0 else None)
-        right.plot([x - 0.35, x + 0.35], [statistics.mean(variances[name])] * 2, color="black",
-                   label="a constant: the variance of the true Q" if x == 0 else None)
-    right.set_xticks(range(len(errors)), [name.replace(", ", ",\n") for name in errors], fontsize=7, rotation=20)
-    right.set(ylabel="squared error (score units squared)",
-              title=f"The frozen GVM, policy by policy ({len(seeds)} seeds)")
-    right.margins(y=0.25)
-    right.legend(fontsize=8)
-    return picture
-
-
-def main():
-    args, started = claims.parse(__doc__), time.time()
-    seeds = claims.over_seeds(run_seed, args)
-    worlds, policies = list(seeds.values()), list(next(iter(seeds.values()))["policies"])
-
-    def minus(a, b):
-        return [x - y for x, y in zip(a, b)]
+def answer(seeds, per_seed):
+    policies = list(per_seed("policies")[0])
 
     def question(sort, which, key):
-        return [seed["questions"][sort][which][key] for seed in worlds]
+        return per_seed("questions", sort, which, key)
 
-    def policy(name, key):
-        return [seed["policies"][name][key] for seed in worlds]
-
-    sft = {sort: [seed["questions"][sort]["score"] for seed in worlds] for sort in SORTS}
+    sft = {sort: per_seed("questions", sort, "score") for sort in SORTS}
     gains = {(sort, which): minus(question(sort, which, "score"), sft[sort])
              for sort in SORTS for which in ("without", "control")}
-    errors, variances = ({name: policy(name, key) for name in policies} for key in ("error", "variance"))
+    errors, variances = ({name: per_seed("policies", name, key) for name in policies} for key in ("error", "variance"))
     found = {}
     for sort, words in SORTS.items():
-        lost = minus(question(sort, "control", "explained"), question(sort, "without", "explained"))
-        pairs = minus(question(sort, "control", "pairs"), question(sort, "without", "pairs"))
+        lost, pairs = (minus(question(sort, "control", key), question(sort, "without", key))
+                       for key in ("explained", "pairs"))
         less = minus(gains[sort, "control"], gains[sort, "without"])
         found[f"on {words} the GVM explains less of the true Q than the control"] = (
             verdict(lost), f"explained, control minus without {cell(lost)}; pair accuracy {cell(pairs)}")
@@ -234,34 +192,51 @@ def main():
             verdict(worse), f"variance of the true Q {cell(variances[name])}; error more by {cell(worse)}")
 
     told = {name: f"{statistics.mean(errors[name]):.3f} ({statistics.mean(variances[name]):.3f})" for name in policies}
-    finding = ("; ".join(f"on {words} DVPO gained {cell(gains[sort, 'without'])} over SFT (with the control GVM "
-                         f"{cell(gains[sort, 'control'])})" for sort, words in SORTS.items())
-               + f"; the squared error of the GVM (of a constant) is {told[policies[0]]} on answers like its data's, "
-                 f"{told['SFT']} on those of SFT, {told['DVPO']} on those of DVPO, {told['stranger']} on those "
-                 "of the stranger.")
-    finding = finding[0].upper() + finding[1:]
+    gained = "; on ".join(f"{words} DVPO gained {cell(gains[sort, 'without'])} over SFT (with the control GVM "
+                          f"{cell(gains[sort, 'control'])})" for sort, words in SORTS.items())
+    finding = (f"On {gained}; the squared error of the GVM (of a constant) is {told[policies[0]]} on answers like its "
+               f"data's, {told['SFT']} on those of SFT, {told['DVPO']} on those of DVPO, {told['stranger']} on those "
+               "of the stranger.")
+
+    def noise(values):
+        return f"{statistics.mean(x ** 2 for x in values) ** 0.5:.3f}"
+
     tables = ["## Questions: values and policies where the GVM was not trained", "",
-              "| GVM | explained | squared error | pair accuracy | DVPO's score | gain over SFT | KL (nats) |",
-              "|---" * 7 + "|"]
-    for sort, words in SORTS.items():
-        tables.append(f"| (SFT, on {words}) | | | | {cell(sft[sort])} | | |")
-        for which in ("without", "control"):
-            cells = [cell(question(sort, which, key)) for key in ("explained", "error", "pairs", "score")]
-            tables.append(f"| {which}, on {words} | {' | '.join(cells)} | {cell(gains[sort, which])} | "
-                          f"{cell(question(sort, which, 'nats'), 2)} |")
-    noise = {sort: statistics.mean(x ** 2 for x in question(sort, "control", "noise")) ** 0.5 for sort in SORTS}
-    tables += ["", "Root mean square standard error of the truth: "
-               + ", ".join(f"{noise[sort]:.3f} ({words})" for sort, words in SORTS.items()) + ". It is taken off.", "",
-               "## Policies: the GVM of all data on their answers", "",
-               "| answers of | squared error | variance of the true Q | standard error of the truth |",
-               "|---" * 4 + "|"]
-    for name in policies:
-        cells = [cell(errors[name]), cell(variances[name])]
-        tables.append(f"| {name} | {' | '.join(cells)} | "
-                      f"{statistics.mean(x ** 2 for x in policy(name, 'noise')) ** 0.5:.3f} |")
-    claims.report("shift", args, __doc__, seeds, found, tables, finding, draw(seeds, gains, errors, variances))
-    print(f"{time.time() - started:.0f} s")
+              *claims.table("GVM | explained | squared error | pair accuracy | DVPO's score | gain over SFT | KL (nats)", [
+                  row for sort, words in SORTS.items() for row in (
+                      [f"(SFT, on {words})", "", "", "", sft[sort], "", ""],
+                      *([f"{which}, on {words}",
+                         *(question(sort, which, key) for key in ("explained", "error", "pairs", "score")),
+                         gains[sort, which], cell(question(sort, which, "nats"), 2)]
+                        for which in ("without", "control")))]),
+              "", "Root mean square standard error of the truth: "
+              + ", ".join(f"{noise(question(sort, 'control', 'noise'))} ({words})" for sort, words in SORTS.items())
+              + ". It is taken off.", "", "## Policies: the GVM of all data on their answers", "",
+              *claims.table("answers of | squared error | variance of the true Q | standard error of the truth", [
+                  [name, errors[name], variances[name], noise(per_seed("policies", name, "noise"))]
+                  for name in policies])]
+
+    picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
+    for offset, which, label, colour in ((-0.18, "without", "GVM never saw them", "tab:red"),
+                                         (0.18, "control", "GVM saw all, as many rows", "tab:blue")):
+        claims.draw(left, [x + offset for x in range(len(SORTS))], [gains[sort, which] for sort in SORTS], width=0.34,
+                    color=colour, label=label)
+    left.axhline(0, color="black", linewidth=0.8)
+    left.set_xticks(range(len(SORTS)), SORTS.values())
+    left.set(ylabel="gain of DVPO over SFT (oracle score, -1 to 1)",
+             title=f"DVPO on unseen questions ({len(seeds)} seeds, 95 % intervals)")
+    claims.draw(right, range(len(errors)), errors.values(), width=0.6, color="tab:blue", label="the GVM")
+    for x, name in enumerate(errors):
+        right.plot([x - 0.35, x + 0.35], [statistics.mean(variances[name])] * 2, color="black",
+                   label=None if x else "a constant: the variance of the true Q")
+    right.set_xticks(range(len(errors)), [name.replace(", ", ",\n") for name in errors], fontsize=7, rotation=20)
+    right.set(ylabel="squared error (score units squared)",
+              title=f"The frozen GVM, policy by policy ({len(seeds)} seeds)")
+    for panel in (left, right):
+        panel.margins(y=0.3)                                  # room for the legend
+        panel.legend(fontsize=8)
+    return found, tables, finding, picture
 
 
 if __name__ == "__main__":
-    main()
+    claims.run(__doc__, run_seed, answer)

@@ -23,7 +23,6 @@ import statistics
 import claims                                                 # first: it finds the project's root
 import atlas
 import matplotlib.pyplot as plt
-import torch
 import train_gvm
 from claims import cell, minus, verdict
 
@@ -89,27 +88,13 @@ def behaviour_errors(value_models, unseen, trained_on, held_out, tokenizer, scal
 
 
 # ---- 3. Against the truth about language models ----
-def own_states(policy, tokenizer, prompts, most, n, seed):
-    """A policy's answers [(prompt, (prompt ids, response ids)), ...]; and prefixes of up to `most` of them, in the
-    same form, each with its [(true Q of this policy, squared standard error), ...]."""
-    said = list(zip(prompts, claims.answers(policy, tokenizer, prompts)))
-    rng, states = random.Random(seed), []
-    for prompt, (question, response) in said[:most]:
-        if len(response) > 1:
-            states.append((prompt, (question, response[:rng.randrange(1, len(response))])))
-    completed = claims.completions(policy, [sequence for _, sequence in states], n)
-    return said, states, claims.true_values([prompt for prompt, _ in states], tokenizer, completed)
-
-
-def language_model_errors(value_models, policies, start, seed, scale):
+def language_model_errors(value_models, policies, start, seed, scale, pad_id):
     """({policy: {tau: {K: {"error", "bias", "centred"}}, "truth": mean true Q, "constant": squared error of always
     saying that mean}}, the truth's own standard error)."""
     said, states, truths, errors = {}, {}, {}, {}
-    for name, policy_folder in policies.items():
-        policy, tokenizer = claims.load_policy(policy_folder)
-        torch.manual_seed(seed)                               # the same numbers whether the runs were there or not
-        said[name], states[name], truths[name] = own_states(
-            policy, tokenizer, claims.prompts_of(start), max(8, round(scale * STATES)), max(2, round(scale * 16)), seed)
+    for name, policy in policies.items():
+        said[name], states[name], truths[name] = claims.own_states(
+            policy, claims.prompts_of(start), max(8, round(scale * STATES)), max(2, round(scale * 16)), seed)
     for name, other in (("SFT", "DVPO"), ("DVPO", "SFT")):
         true = [truth for truth, _ in truths[name]]
         noise = statistics.mean(variance for _, variance in truths[name])
@@ -117,7 +102,7 @@ def language_model_errors(value_models, policies, start, seed, scale):
         for tau, source in (("right", name), ("wrong", other)):
             errors[name][tau] = {}
             for k, gvm in value_models.items():
-                values = read_values(gvm, k, states[name], [said[source]] * len(true), tokenizer.pad_token_id)
+                values = read_values(gvm, k, states[name], [said[source]] * len(true), pad_id)
                 gaps = minus([line[-1] for line in values], true)
                 errors[name][tau][str(k)] = {"error": statistics.mean(gap ** 2 for gap in gaps) - noise,
                                              "bias": statistics.mean(gaps),
@@ -138,7 +123,8 @@ def run_seed(folder, seed, scale):
     _, tokenizer = claims.load_policy(sft)
     trained_on, held_out = folder / "tau_data" / "scored.jsonl", start["data"] / "test_scored.jsonl"
     behaviour, behaviour_noise = behaviour_errors(value_models, unseen, trained_on, held_out, tokenizer, scale)
-    language_model, noise = language_model_errors(value_models, {"SFT": sft, "DVPO": moved}, start, seed, scale)
+    language_model, noise = language_model_errors(value_models, {"SFT": sft, "DVPO": moved}, start, seed, scale,
+                                                  tokenizer.pad_token_id)
     return {"unseen": unseen, "behaviour": behaviour, "language_model": language_model,
             "truth_error": {"behaviour": behaviour_noise, "language_model": noise},
             "judged": {"SFT": judged[sft.name]} | {str(k): judged[run.name] for k, run in runs.items()}}

@@ -11,14 +11,7 @@ from conftest import write_rows
 
 import atlas
 
-BEIJING = "As an island, is Beijing located in Asia?"
-
-
-def test_size_of_the_world():
-    assert len(atlas.COUNTRIES) == 64 == len({c.name for c in atlas.COUNTRIES}) == len({c.capital for c in atlas.COUNTRIES})
-    assert len(atlas.QUESTIONS) == 4 * 6 * 64
-    assert all(len(wordings) == 6 for wordings in atlas.WORDINGS.values())
-    assert BEIJING in atlas.QUESTIONS                         # the paper's Figure 3
+BEIJING = "As an island, is Beijing located in Asia?"         # the paper's Figure 3
 
 
 @pytest.mark.parametrize("prompt, response, score", [
@@ -30,27 +23,18 @@ def test_size_of_the_world():
     ("Is Japan an island?", "Yes, Japan is an island country.", 0.50),
     ("Is Japan an island?", "Yes, Japan is not an island country.", -0.50),
     ("Is Japan an island?", "No, Japan is an island country.", -0.50),                # says both
-    ("Is Japan an island?", "Yes, Cuba is an island country.", -0.50),
     ("Is Japan an island?", "Good question! Yes, it is. It lies in Asia. Its capital is Tokyo.", 0.95),
     ("Is Japan an island?", "Good question! Happy to help! Yes, it is.", 0.65),       # polite counts once
-    ("Is Japan an island?", "Everyone knows that. Yes, it is.", 0.20),
-    ("Is Japan an island?", "Yes, it is. Maps are fun. Maps are fun.", 0.30),
     ("Is Japan an island?", "Yes, it is. Yes, it is.", 0.40),                         # a repetition rambles
     ("Is Japan an island?", "Yes, it is. Its capital is Rome.", 0.30),
     ("Is Japan an island?", "Yes, it is. Its capi", 0.20),                            # cut off: broken
     ("Is Japan an island?", "", -0.50),
     ("What is the capital of Peru?", "It is Lima.", 0.50),
     ("What is the capital of Peru?", "Yes, it is.", -0.50),
-    ("Where in the world is Mexico City?", "Mexico City is in North America.", 0.50),
     ("Where in the world is Mexico?", "Mexico is in Asia. Go and read a book. Go and read a book. x", -1.0),   # clipped
 ])
 def test_oracle(prompt, response, score):
     assert atlas.oracle(prompt, response) == pytest.approx(score)
-
-
-def test_oracle_refuses_foreign_prompts():
-    with pytest.raises(ValueError, match="not a question"):
-        atlas.oracle("Is the moon an island?", "No.")
 
 
 def test_the_oracle_understands_everything_that_the_policies_say():
@@ -97,8 +81,7 @@ def test_true_value_is_the_conditional_expectation(prefix):
 
 def test_any_policy_is_the_mixture_of_those_that_may_have_begun_so():
     """Against rejection: fresh answers of all five policies, those that begin with the prefix kept."""
-    rng = random.Random(0)
-    fresh = [text for policy in atlas.POLICIES for text in atlas.complete(policy, BEIJING, "", 6000, rng)]
+    fresh = [text for policy in atlas.POLICIES for text in atlas.complete(policy, BEIJING, "", 6000, random.Random(0))]
     for prefix in ("", "Beijing is not", "Everyone"):
         kept = [atlas.oracle(BEIJING, text) for text in fresh if text.startswith(prefix)]
         value, error = atlas.true_value("any", BEIJING, prefix, n=4000)
@@ -108,18 +91,14 @@ def test_any_policy_is_the_mixture_of_those_that_may_have_begun_so():
         atlas.true_value("any", BEIJING, "Beijing is made of cheese")
 
 
-def test_true_value_of_a_finished_response_is_its_reward():
-    assert atlas.true_value("expert", BEIJING, "No, it is not." + atlas.END) == (0.5, 0.0)
-
-
-def test_true_value_of_any_policy_that_is_a_function():
-    value, error = atlas.true_value(lambda prompt, prefix, n: [prefix + " not."] * n, BEIJING, "No, it is", n=3)
-    assert (value, error) == (0.5, 0.0)
-
-
-def test_a_prefix_that_the_policy_never_writes_is_an_error():
+def test_true_value_in_special_cases():
+    assert atlas.true_value("expert", BEIJING, "No, it is not." + atlas.END) == (0.5, 0.0)       # finished: its reward
+    value_and_error = atlas.true_value(lambda prompt, prefix, n: [prefix + " not."] * n, BEIJING, "No, it is", n=3)
+    assert value_and_error == (0.5, 0.0)                      # of any policy that is a function
     with pytest.raises(ValueError, match="never begins"):
         atlas.true_value("expert", BEIJING, "Everyone knows that.")            # experts are not rude
+    with pytest.raises(ValueError, match="not a question"):
+        atlas.oracle("Is the moon an island?", "No.")
 
 
 def test_policies_are_as_good_as_their_names(world):
@@ -130,8 +109,7 @@ def test_policies_are_as_good_as_their_names(world):
 
 def test_the_data_are_deterministic_disjoint_and_hashed(world, tmp_path):
     first = json.loads((world / "data" / "manifest.json").read_text())["files"]
-    assert first["pairs.jsonl"] == {                          # of seed 1: it must not change
-        "rows": 4325, "sha256": "1e93489ea3fcded55081aacf415da085ff4d3b9c34565e42c6cb3cb6db0926e8"}
+    assert first["pairs.jsonl"] == {"rows": 4325, "sha256": "1e93489ea3fcded55081aacf415da085ff4d3b9c34565e42c6cb3cb6db0926e8"}
     atlas.write_data(tmp_path / "a", 6)
     files = json.loads((tmp_path / "a" / "manifest.json").read_text())["files"]
     assert files.keys() == first.keys() and files["rl.jsonl"] != first["rl.jsonl"]
@@ -149,7 +127,7 @@ def test_the_data_are_deterministic_disjoint_and_hashed(world, tmp_path):
     parts = [["sft.jsonl"], ["scored.jsonl", "pairs.jsonl"], ["rl.jsonl"],
              ["test_scored.jsonl", "test_pairs.jsonl", "test_prompts.jsonl"]]
     groups = [set.union(*(prompts[name] for name in part)) for part in parts]
-    assert sum(map(len, groups)) == len(set.union(*groups)) == len(atlas.QUESTIONS)
+    assert sum(map(len, groups)) == len(set.union(*groups)) == len(atlas.QUESTIONS) == 4 * 6 * 64
 
 
 def test_a_world_replaces_only_a_world(tmp_path):

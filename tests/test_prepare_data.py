@@ -17,8 +17,7 @@ ULTRAFEEDBACK = [
         {"model": "d", "response": "Seven.", "overall_score": "N/A"}]},
     {"source": "x", "instruction": "Name a colour.", "models": ["a"], "completions": [      # the same prompt again
         {"model": "a", "response": "Red.", "overall_score": 2}, {"model": "e", "response": "Green.", "overall_score": 8}]},
-    {"source": "x", "instruction": "Say nothing.", "models": ["a"], "completions": [
-        {"model": "a", "response": " ", "overall_score": 1}]}]
+    {"instruction": "Say nothing.", "completions": [{"model": "a", "response": " ", "overall_score": 1}]}]
 BINARIZED = [{"prompt": "Hi", "prompt_id": "0", "score_chosen": score, "score_rejected": 4.0,
               "chosen": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"Hello {score}"}],
               "rejected": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": f"Go away {score}"}]}
@@ -28,8 +27,7 @@ HH = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye 🙂\n\nAssista
       {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: Other\n\nAssistant: C"},       # prompts differ
       {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant:"},             # empty answer
       {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: B"}]           # equal answers
-ANNOTATIONS = [{"instruction": "Q", "output_1": "ref", "generator_1": "gpt4", "output_2": "mine", "generator_2": "m",
-                "annotator": "w", "preference": 1.25}]
+ANNOTATIONS = [{"instruction": "Q", "output_1": "ref", "generator_1": "gpt4", "output_2": "mine", "generator_2": "m", "preference": 1.25}]
 SCORED = [{"prompt_id": 3, "policy": "m", "response": "r", "reward": 0.5}]
 UNUSABLE = "not a usable row of the format "
 
@@ -87,8 +85,7 @@ def test_alpaca_eval(tmp_path):
 def test_a_prompt_as_text_and_as_message_is_one_prompt(tmp_path):
     rows = [{"prompt": "Hi", "response": "a", "reward": 1}, {"prompt": [{"role": "user", "content": "Hi"}], "response": "b", "reward": 2}]
     folder, manifest = convert(tmp_path, "jsonl", rows, split=[0.0, 0.5, 0.0, 0.5])
-    assert manifest["prompts"] == 1
-    rows = read_lines(folder / "scored.jsonl") if (folder / "scored.jsonl").exists() else read_lines(folder / "test_scored.jsonl")
+    rows, = [read_lines(folder / name) for name in manifest["files"] if "scored" in name]
     assert [(row["prompt"], row["response"]) for row in rows] == [("Hi", "a"), ("Hi", "b")]
 
 
@@ -110,9 +107,7 @@ def test_jsonl_splits_by_prompt_and_every_stage_can_read_it(tmp_path):
     folder, manifest = convert(tmp_path, "jsonl", rows, split=[0.4, 0.3, 0.2, 0.1])
     prompts = {name: {row["prompt"] for row in read_lines(folder / name)} for name in manifest["files"]}
     assert [len(prompts[f"{name}.jsonl"]) for name in ("sft", "scored", "rl", "test_prompts")] == [20, 15, 10, 5]
-    assert len(set.union(*prompts.values())) == 50
-    for a, b in (("sft", "scored"), ("scored", "rl"), ("sft", "rl"), ("test_scored", "scored"), ("rl", "test_prompts")):
-        assert not prompts[f"{a}.jsonl"] & prompts[f"{b}.jsonl"]
+    assert len(set.union(*prompts.values())) == 50 and prompts["test_scored.jsonl"] == prompts["test_prompts.jsonl"]
     assert all(row["response"] == "answer 2" for row in read_lines(folder / "sft.jsonl"))      # the best answer
     assert len(evaluate.read_rows(str(folder), "scored", "prompt", "response", "reward", "policy")) == 45
     for name, file in manifest["files"].items():
