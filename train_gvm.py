@@ -62,7 +62,7 @@ class Args:
     supervision: Literal["scores", "pairs"] = HfArg(default="scores", help="rewards, or pairs: +1/-1 (G)")
     gamma: float = HfArg(default=1.0, help="discount factor (paper: 1)")
     td_lambda: float = HfArg(default=0.95, help="0: Eq. (1)'s target, 1: Monte Carlo (released: 0.95)")
-    tau_pairs: int = HfArg(default=0, help="K question-answer pairs that show the policy (released code: 0)")
+    tau_pairs: int = HfArg(default=0, help="question-answer pairs that show the policy (released: 0)")   # DEVIATION 8
     max_length: int = HfArg(default=256, help="longer rows (tokens) are dropped and counted (paper: 1024)")
     lr: float = HfArg(default=1e-3, help="peak learning rate (paper: 2e-6)")
     warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the cosine decay (ours)")

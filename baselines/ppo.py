@@ -365,7 +365,7 @@ def ppo_update(accelerator, model, optimizer, batch, lengths, micro_size, args):
         history.append((accelerator.reduce(sums) / tokens).tolist())
         if history[-1][1] > args.target_kl:                   # Appendix C: KL_target = 0.1. Its use is ours
             break
-    ratio_error = accelerator.reduce(errors[0]).item()        # before any update: has to be 0
+    ratio_error = accelerator.gather(errors[0]).max().item()  # before any update: has to be 0
     if ratio_error > (1e-3 if accelerator.mixed_precision == "no" else 0.5):
         fail(f"the first ratio is {ratio_error:.2g} away from 1: pi_old and pi_theta are not computed alike")
     loss, _, clip_fraction = torch.tensor(history).mean(0).tolist()

@@ -258,7 +258,7 @@ def remax_update(accelerator, policy, optimizer, batch, lengths, micro_size):
         total += loss.detach() * denominator
         ratio = torch.where(is_response, logp.detach() - logp_old, 0.0).exp()
         errors.append((ratio - 1).abs().max())
-    ratio_error = accelerator.reduce(errors[0]).item()        # has to be 0
+    ratio_error = accelerator.gather(errors[0]).max().item()  # has to be 0
     if ratio_error > (1e-3 if accelerator.mixed_precision == "no" else 0.5):
         fail(f"the ratio is {ratio_error:.2g} away from 1: pi_old and pi_theta are not computed alike")
     loss = (accelerator.reduce(total) / tokens).item()

@@ -25,12 +25,13 @@ import matplotlib.pyplot as plt
 from claims import cell, verdict
 from transformers import AutoModelForTokenClassification
 
-SIZES = ((32, 1), (64, 2), (96, 2))                           # hidden, layers; the largest: the shared (128, 3)
+SIZES = ((32, 1), (64, 2), (96, 2))                           # hidden, layers; the shared: (128, 3)
 SHARES = (0.125, 0.25, 0.5)                                   # of the scored answers; all: the shared GVM
 ANSWERS, COMPLETIONS = 150, 200                               # of the truth
 PLACES = ("first", "middle", "last but one")
 MEASURES = {"mean": ("points of pair accuracy, mean value", 100),              # name: (unit, factor)
-            "last": ("points of pair accuracy, last value", 100), "error": ("squared error against the true Q", 1)}
+            "last": ("points of pair accuracy, last value", 100),
+            "error": ("squared error against the true Q", 1)}
 
 
 # ---- 1. The models ----
@@ -75,7 +76,7 @@ def squared_errors(values, truth):
 
 # ---- 3. One seed ----
 def run_seed(folder, seed, scale):
-    """{"size", "data": [{"parameters", "rows", "mean", "last", "error", ...}, ...] from small to large, "truth"}"""
+    """{"size", "data": [{"parameters", "rows", "mean", "last", "error", ...} from small to large], "truth"}"""
     sft, start, _ = claims.base(folder, seed, scale)
     _, tokenizer = claims.load_policy(sft)                    # all sizes have the same one
     held_out = claims.read_lines(start["data"] / "test_scored.jsonl")[:max(4, round(scale * ANSWERS))]
@@ -122,12 +123,12 @@ def answer(seeds, per_seed):
     (size, less), (data, less_of_data) = (
         (cell(per_doubling[axis, "mean"], 2), cell(per_doubling[axis, "error"], 4)) for axis in axes)
     finding = (f"A doubling of the parameters changes the pair accuracy of the mean value by {size} points "
-               f"(Table 8, from 3 to 13 billion: {table_8:.2f}), a doubling of the data by {data} points; the "
-               f"squared error against the true Q changes by {less} and {less_of_data}.")
+               f"(Table 8, from 3 to 13 billion: {table_8:.2f}), a doubling of the data by {data} points; "
+               f"the squared error against the true Q changes by {less} and {less_of_data}.")
 
-    tables = [f"Truth: {cell(per_seed('truth', 'places'), 0)} places per seed, root mean square standard error "
-              f"{cell(per_seed('truth', 'rms standard error'))}; a constant would have a squared error of "
-              f"{cell(per_seed('truth', 'error of a constant'))}.", ""]
+    tables = [f"Truth: {cell(per_seed('truth', 'places'), 0)} places per seed, root mean square standard "
+              f"error {cell(per_seed('truth', 'rms standard error'))}; a constant would have a squared error "
+              f"of {cell(per_seed('truth', 'error of a constant'))}.", ""]
     points = [(axis, step) for axis in axes for step in range(len(per_seed(axis)[0]))][:-1]  # largest: once
     tables += claims.table(
         f"parameters | answers | accuracy, mean value | last value | squared error | {' | '.join(PLACES)}",
