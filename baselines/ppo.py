@@ -80,7 +80,7 @@ class Args:
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
-# ---- 2. Data: rows, tokens, batches ----
+# ---- 2. Data and models: rows, tokens, batches ----
 def read_rows(data, split, *fields, tokenizer=None):
     """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields, and with a
     tokenizer the ids of the prompt, "prompt_ids"."""
@@ -109,6 +109,28 @@ def load_tokenizer(name, template=None):
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
+
+
+def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
+    """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
+    made; else a language model, which may get a new one. transformers would load either as the other."""
+    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
+    made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModel")
+    if not made_as.endswith(wanted) if trained else "Classification" in made_as:
+        fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
+    model = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):              # else the ratio of a policy to itself is not 1
+            module.p = 0.0
+    context = getattr(config.get_text_config(), "max_position_embeddings", length)
+    if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
+    if model.can_generate():                                  # where answers end: by template, by model
+        own = model.generation_config.eos_token_id or []
+        stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])})
+        model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
+    return model
 
 
 def encode_prompt(tokenizer, prompt):
@@ -468,7 +490,6 @@ def main(args):
             save_checkpoint(accelerator, output, step)
     state = accelerator.get_state_dict(model) or {}           # ZeRO-3: the first process has it
     for part, folder in (("critic", output / "critic"), ("policy", output)):
-        folder.mkdir(exist_ok=True)
         weights = {name.removeprefix(f"{part}."): weight for name, weight in state.items()
                    if name.startswith(f"{part}.")}
         save_run(accelerator, accelerator.unwrap_model(model).get_submodule(part), weights, tokenizer, folder,
@@ -476,7 +497,7 @@ def main(args):
     accelerator.end_training()
 
 
-# ---- 6. The same in every script: command line, models, engines, run folder ----
+# ---- 6. The same in every script: command line, engines, run folder ----
 def fail(message):
     """Ends the program with one clear line: for what a user can fix. Bugs keep their traceback."""
     raise SystemExit(f"error: {message}")
@@ -490,28 +511,6 @@ def parse_args(cls, argv):
         settings = yaml.safe_load(Path(argv[0]).read_text())[Path(sys.argv[0]).stem]
         argv = [word for key, value in settings.items() for word in (f"--{key}", str(value))] + argv[1:]
     return cls(**vars(parser.parse_args(argv)))
-
-
-def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
-    """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
-    made; else a language model, which may get a new one. transformers would load either as the other."""
-    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
-    config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
-    made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("Auto")
-    if not made_as.endswith(wanted.removeprefix("Model")) if trained else "Classification" in made_as:
-        fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
-    model = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):              # else the ratio of a policy to itself is not 1
-            module.p = 0.0
-    context = getattr(config.get_text_config(), "max_position_embeddings", length)
-    if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
-    if model.can_generate():                                  # where answers end: by template, by model
-        own = model.generation_config.eos_token_id or []
-        stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])})
-        model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
-    return model
 
 
 def start_accelerator(args, update_size):
@@ -620,8 +619,8 @@ def save_run(accelerator, model, state, tokenizer, output, about):
     """Saves the weights (state: gathered from all processes), the tokenizer and a short model card."""
     if accelerator.is_main_process:
         card = f"---\nlibrary_name: transformers\ntags: [dvpo]\n---\n{about}\n\n    {' '.join(sys.argv)}\n"
-        (output / "README.md").write_text(card)
         tokenizer.save_pretrained(output)
+        (output / "README.md").write_text(card)
         accelerator.unwrap_model(model).save_pretrained(output, state_dict=state)
     accelerator.wait_for_everyone()
 

@@ -3,11 +3,10 @@
 Hypothesis  A DVPO step takes 0.57 of the time and 0.66 of the memory of a PPO step (Table 7, 3B): one model learns
             instead of two, and three are in memory instead of four.
 Method      The scripts' own main() runs, with models of a shape but random weights (no weights are needed), prompts of
-            --prompt_length random tokens, and answers of --response_length tokens, each cut to a length drawn from
-            LENGTHS: real answers differ in length. Methods take turns, --rounds times, in one process; the first step
-            of each turn warms up. Every method gets as many rollouts. "naive" is DVPO as it is often written: logits
-            of all positions in float32, rows padded to the longest. Memory: the most that tensors held at a time in a
-            step, weights and Adam's state included (the process's own memory is mostly the libraries').
+            --prompt_length random tokens, and answers that end at a length drawn from LENGTHS: real answers differ in
+            length. Methods take turns, --rounds times, in one process; the first step of each turn warms up. Every
+            method gets as many rollouts. Memory: the most that tensors held at a time in a step, weights and Adam's
+            state included (the process's own memory is mostly the libraries').
             Utilisation: floating point operations of the update (6 per weight and token, and attention; recomputation
             not counted) by time, against the fastest matrix product on this device. Generation: against the time it
             takes to read weights and key-value cache once per token, at the copying speed measured on this device.
@@ -16,7 +15,7 @@ Command     python experiments/compute.py --shape tiny                     (CPU:
                 --batch_size 16 --mini_batch_size 8 --micro_batch_size 4 --gradient_checkpointing   (one GPU of 80 GB)
             python experiments/compute.py --shape llama-3.2-3b --prompt_length 1024 --response_length 1024 \\
                 --batch_size 8 --mini_batch_size 4 --micro_batch_size 2 --gradient_checkpointing   (one GPU of 140 GB)
-Result      results/compute.json and results/compute.md: one table per shape and machine
+Result      experiments/results/compute.json and compute.md: one table per shape and machine
 """
 import argparse
 import gc
@@ -31,20 +30,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-METHODS = {"DVPO": "train_dvpo", "PPO": "baselines.ppo", "ReMax": "baselines.remax", "GRPO": "baselines.grpo",
-           "DVPO, naive": "train_dvpo"}
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+METHODS = {"DVPO": "train_dvpo", "PPO": "baselines.ppo", "ReMax": "baselines.remax", "GRPO": "baselines.grpo"}
 # Published configurations of the Llama models; "tiny" is the model of Atlas.
 SHAPES = {
     "tiny": dict(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
                  num_key_value_heads=4, tie_word_embeddings=True),
+    "100m": dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12,
+                 num_attention_heads=12, num_key_value_heads=12, tie_word_embeddings=True),
     "llama-3.2-1b": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
                          num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True),
     "llama-3.2-3b": dict(vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
@@ -72,6 +72,7 @@ def write_inputs(folder, shape):
                        ("reward_model", "SequenceClassification")):
         config.architectures = [f"LlamaFor{kind}"]
         config.gvm = {"gamma": 1.0, "tau_pairs": 0, "max_length": 8192, "reward_mean": 0.0, "reward_std": 1.0}
+        config.reward_model = {"reward_mean": 0.0, "reward_std": 1.0}
         config.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "data").mkdir()
@@ -86,23 +87,35 @@ def answer_length(share, longest):
     return max(1, round(longest * (low + (high - low) * (share - p) / (q - p))))
 
 
+class Ends:
+    """In place of rollout's stop_ids: answers end at these lengths. It is asked once per token, row after row."""
+
+    def __init__(self, lengths):
+        self.left = deque(lengths)
+
+    def __contains__(self, token):
+        left = self.left.popleft() - 1
+        if left > 0:
+            self.left.append(left)
+        return left <= 0
+
+
 def set_up(script, args, device):
     """Replaces what a script reads, writes and samples; not what it computes."""
-    real = {name: getattr(script, name) for name in (
-        "load", "rollout", "score_rollouts", "improve", "token_logp", "encode_prompt", "save_run")}
+    names = "load_model", "rollout", "score_rollouts", "ppo_update", "remax_update", "encode_prompt", "save_run"
+    real = {name: getattr(script, name) for name in names if hasattr(script, name)}
     rng = random.Random(args.seed)
 
-    def load(auto_class, name, kind=None, dtype="float32", config=None):
-        if auto_class in (AutoConfig, AutoTokenizer):
-            return real["load"](auto_class, name)
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
         with torch.device(device):
-            return auto_class.from_config(config or AutoConfig.from_pretrained(name), dtype=dtype)
+            model = auto_class.from_config(AutoConfig.from_pretrained(name, **settings), dtype=dtype)
+        if model.can_generate():
+            model.generation_config = GenerationConfig(eos_token_id=[tokenizer.eos_token_id])
+        return model
 
-    def rollout(policy, tokenizer, prompts, max_response_length, how, **greedy):
-        never = SimpleNamespace(pad_token_id=tokenizer.pad_token_id, eos_token_id=policy.config.vocab_size + 1)
-        rows = real["rollout"](policy, never, prompts, max_response_length, how, **greedy)
-        return [[*row[:answer_length(rng.random(), max_response_length) - 1], tokenizer.eos_token_id] for row in rows]
+    def rollout(policy, prompts, max_response_length, stop_ids, **greedy):
+        lengths = [answer_length(rng.random(), max_response_length) for _ in prompts]
+        return real["rollout"](policy, prompts, max_response_length, Ends(lengths), **greedy)
 
     def finished(function):
         """The function, which returns when the GPU has done its work, too: so that each part has its own time."""
@@ -113,38 +126,23 @@ def set_up(script, args, device):
             return result
         return call
 
-    script.load, script.rollout = load, rollout
-    script.score_rollouts, script.improve = finished(real["score_rollouts"]), finished(real["improve"])
-    script.encode_prompt = lambda tokenizer, prompt: [rng.randrange(10, 1000) for _ in range(args.prompt_length)]
+    script.load_model, script.rollout = load_model, rollout
+    for name in ("score_rollouts", "ppo_update", "remax_update"):
+        if name in real:
+            setattr(script, name, finished(real[name]))
+    script.encode_prompt = lambda tokenizer, prompt: [rng.randrange(10, 500) for _ in range(args.prompt_length)]
     script.save_run = lambda *rest: None
     return real
-
-
-def full_logits_logp(model, ids, is_response):
-    """token_logp as it is often written."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()                          # (B, T-1, V)
-    logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    return torch.where(is_response, torch.nn.functional.pad(logp, (1, 0)), 0.0)
-
-
-def padded_improve(improve):
-    """improve() on rows that are all as long as the longest: nothing is gained by sorting them."""
-    def padded(accelerator, policy, optimizer, batch, *rest):
-        ids, is_token, *more = batch
-        return improve(accelerator, policy, optimizer, (ids, torch.ones_like(is_token), *more), *rest)
-    return padded
 
 
 def turn(method, args, folder, device, steps):
     """Some steps of a method. Returns its metrics per step."""
     script = importlib.import_module(METHODS[method])
     real = set_up(script, args, device)
-    if method == "DVPO, naive":
-        script.token_logp, script.improve = full_logits_logp, padded_improve(script.improve)
     settings = dict(model=str(folder / "model"), data=str(folder / "data"), output=str(folder / "run"), overwrite=True,
                     max_prompt_length=args.prompt_length, max_response_length=args.response_length, lr=1e-6,
                     steps=steps, batch_size=args.batch_size, micro_batch_size=args.micro_batch_size,
-                    rollout=args.rollout, sample_every=10 ** 6, seed=args.seed, target_kl=1e9,
+                    seed=args.seed, target_kl=1e9,
                     ppo_epochs=args.ppo_epochs, mini_batch_size=args.mini_batch_size,
                     gradient_checkpointing=args.gradient_checkpointing, group_size=4,
                     gvm=str(folder / "gvm"), reward_model=str(folder / "reward_model"))
@@ -217,12 +215,13 @@ def body_weights(config):
     return config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
 
 
-def generation_bound(config, args, bytes_per_number, bandwidth):
-    """Seconds that a batch of rollouts takes at least: per token, all weights and the key-value cache are read once."""
+def generation_bound(config, args, length, bytes_per_number, bandwidth):
+    """Seconds that a batch of rollouts takes at least: all weights are read once per token of the longest answer, and
+    the key-value cache of a row once per token of the row. length: mean answer, in tokens."""
     weights = body_weights(config) + config.vocab_size * config.hidden_size
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * args.batch_size
-    mean_length = args.prompt_length + args.response_length / 2
-    return args.response_length * bytes_per_number * (weights + cache * mean_length) / bandwidth
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cache = args.batch_size * length * (args.prompt_length + length / 2) * per_token
+    return bytes_per_number * (args.response_length * weights + cache) / bandwidth
 
 
 # ---- 3. Run ----
@@ -261,7 +260,7 @@ def summary(args, config, found, device, flops, bandwidth):
         work = update_flops(config, [tokens / args.batch_size] * args.batch_size, args.prompt_length,
                             1 if method == "ReMax" else args.ppo_epochs, 2 if method == "PPO" else 1)
         step = sum(median.values())
-        bound = generation_bound(config, args, 2 if device == "cuda" else 4, bandwidth)
+        bound = generation_bound(config, args, tokens / args.batch_size, 2 if device == "cuda" else 4, bandwidth)
         result["methods"][method] = median | {
             "step": step, "tokens_per_second": tokens / step,
             "peak": x["peak"], "utilisation": work / median["update"] / flops,
@@ -276,7 +275,7 @@ def table(result):
              f"`python experiments/compute.py --shape {result['shape']}` with {s['batch_size']} rollouts a step, "
              f"prompts of {s['prompt_length']} and answers of at most {s['response_length']} "
              f"tokens, mini-batches of {s['mini_batch_size']}, micro-batches of {s['micro_batch_size']}, "
-             f"{s['ppo_epochs']} epochs, rollouts {s['rollout']}, gradient checkpointing "
+             f"{s['ppo_epochs']} epochs, gradient checkpointing "
              f"{s['gradient_checkpointing']}; {result['rounds']} rounds of {s['steps']} steps, medians; "
              f"seed {s['seed']}, torch {result['torch']}, commit {result['commit']}. Matrix product "
              f"{result['matmul_flops'] / 1e12:.3g} TFLOP/s, copying {result['bandwidth'] / 1e9:.3g} GB/s.", "",
@@ -292,10 +291,6 @@ def table(result):
         lines.append(f"| {method} | {x['generate']:.3f} | {x['score']:.3f} | {x['update']:.3f} | {x['step']:.3f} | "
                      f"{x['tokens_per_second']:.0f} | {x['peak'] / 2 ** 20:.0f} | {x['utilisation']:.0%} | "
                      f"{x['generation']:.0%} | {ratios[0]} | {ratios[1]} |")
-    if "DVPO, naive" in methods and "DVPO" in methods:
-        a, b = methods["DVPO"], methods["DVPO, naive"]
-        lines += ["", f"Written the naive way the update takes {b['update'] / a['update']:.2f} times as long, "
-                  f"scoring {b['score'] / a['score']:.2f} times, with {b['peak'] / a['peak']:.2f} times the memory."]
     return lines
 
 
@@ -306,9 +301,8 @@ def main():
     for name, value in (("prompt_length", 64), ("response_length", 128), ("batch_size", 64), ("mini_batch_size", 32),
                         ("micro_batch_size", 8), ("ppo_epochs", 2), ("rounds", 5), ("steps", 3), ("seed", 1)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--rollout", choices=("padded", "continuous"), default="padded")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--output", default=str(ROOT / "results"), help="folder of compute.json and compute.md")
+    parser.add_argument("--output", default=str(ROOT / "experiments" / "results"), help="folder of compute.json and compute.md")
     args = parser.parse_args()
     file = Path(args.output) / "compute.json"
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
@@ -320,7 +314,7 @@ def main():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(kept, indent=2) + "\n")
         head = ["# Time and memory of a step", "", "What is measured, and how: "
-                "[experiments/compute.py](../experiments/compute.py). The paper's figures (Table 7) are of "
+                "[experiments/compute.py](../compute.py). The paper's figures (Table 7) are of "
                 "Llama-3.2-3B on 8 x A100 with ZeRO-1, in its own code."]
         (Path(args.output) / "compute.md").write_text("\n".join(
             head + [line for one in kept for line in ["", *table(one)]]) + "\n", encoding="utf-8")

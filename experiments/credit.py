@@ -1,45 +1,47 @@
 """Credit for single tokens (section 6.1, Figure 3): which value model sees where an answer goes wrong?
 
-Hypothesis  The GVM says at which token an answer goes wrong (Figure 3), better than PPO's critic, and better than
-            the reward model read at every token as if each prefix were an answer ("finer-grained and more
-            accurate supervision at the token level", section 6.1). td_lambda 0.95 gives better credit than 0, 1.
-Method      One world per seed. Held-out answers with exactly one wrong fact and at least one right one, at most
-            150. The wrong token is the first at which the wrong sentence parts from every right one that could be
-            there. An estimator's advantage of a token is A_t = Q_t - Q_{t-1}; its largest drop is where A_t is
-            lowest. END is left out: the critic has no value there. The true Q is that of the mixture of all
-            behaviour policies (what a GVM without tau models), from 200 completions of every prefix. Neither the
-            place of the drop nor Pearson's correlation of estimated and true advantages, over all tokens of all
-            answers, depends on an estimator's scale, so none is mapped to the oracle's. The largest true drop
-            need not be at the wrong token (a rude opening costs, and gives its writer away): the truth's own rate
-            is what one can ask of an estimator. PPO's critic learned the values of PPO's policy, KL costs
+Hypothesis  The GVM says at which token an answer goes wrong (Figure 3), better than PPO's critic, and better
+            than the reward model read at every token as if each prefix were an answer ("finer-grained and
+            more accurate supervision at the token level", section 6.1). td_lambda 0.95 gives better credit
+            than 0 and than 1.
+Method      One world per seed. At most 150 held-out answers with exactly one wrong fact and at least one
+            right one. The wrong token is the first at which the wrong sentence parts from every right one
+            that could be there. An estimator's advantage of a token is A_t = Q_t - Q_{t-1}; its largest drop
+            is where A_t is lowest. END is left out: the critic has no value there. The true Q is that of the
+            mixture of all behaviour policies (what a GVM without tau models), from 200 completions of every
+            prefix. Neither the place of the drop nor Pearson's correlation of estimated and true advantages
+            depends on an estimator's scale, so none is mapped to the oracle's. The largest true drop need not
+            be at the wrong token (a rude opening costs, and gives its writer away): the truth's own rate is
+            what one can ask of an estimator. PPO's critic learned the values of PPO's policy, KL costs
             included, and not the mixture's.
 Command     python experiments/credit.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/credit.json, .md, .png
 """
 import os
 import re
-import statistics
+from statistics import correlation, mean, pstdev, pvariance
 
 import claims                                                 # first: it finds the project's root
 import atlas
 import matplotlib.pyplot as plt
 from claims import cell, minus, verdict
 
-ANSWERS, COMPLETIONS = 150, 200                               # answers per seed, and completions of every prefix
+ANSWERS, COMPLETIONS = 150, 200                               # per seed; of every prefix
 ESTIMATORS = ("GVM, lambda 0.95", "GVM, lambda 0", "GVM, lambda 1", "PPO's critic", "token-wise RM")
 OURS, *RIVALS = ESTIMATORS
-MEASURES = {"exact": "at the wrong token", "near": "within one token", "correlation": "correlation with the truth"}
+MEASURES = ("exact", "near", "correlation")
 
 
 # ---- 1. Where an answer goes wrong ----
 def counted_claims(prompt, response):
-    """The claims that the oracle counts (each attribute once): [(sentence, where it starts, is it true?), ...]."""
+    """The claims that the oracle counts (each attribute once): [(sentence, where it starts, is it true?)]."""
     kind, country = atlas.QUESTIONS[prompt]
     found, seen = [], set()
     for match in re.finditer(r"[^.!?]*[.!?]", response):
         sentence = match[0].strip()
         said = atlas.claims(kind, country, sentence) or {}
-        found += [(sentence, match.end() - len(sentence), true) for name, true in said.items() if name not in seen]
+        start = match.end() - len(sentence)
+        found += [(sentence, start, true) for name, true in said.items() if name not in seen]
         seen |= set(said)
     return found
 
@@ -47,7 +49,8 @@ def counted_claims(prompt, response):
 def first_wrong_character(prompt, sentence):
     """Up to which character a wrong sentence could still become a right one, by the sentences of its slot."""
     kind, country = atlas.QUESTIONS[prompt]
-    subject = country.capital if re.search(rf"\b{country.capital}\b", prompt) else country.name  # as in atlas.slots
+    about_city = re.search(rf"\b{country.capital}\b", prompt)                  # as in atlas.slots
+    subject = country.capital if about_city else country.name
     (right_full, right_short), (wrong_full, wrong_short) = atlas.answers(kind, country, subject)
     groups = [(right_full + right_short, wrong_full + wrong_short)]
     groups += [([right], wrong) for right, wrong in atlas.extras(kind, country, subject)]
@@ -56,7 +59,7 @@ def first_wrong_character(prompt, sentence):
 
 
 def with_one_wrong_fact(rows):
-    """The rows with exactly one wrong fact and at least one right one, each with the place of the wrong character."""
+    """The rows with one wrong fact and at least one right one, each with the place of the wrong character."""
     chosen = []
     for row in rows:
         found = counted_claims(row["prompt"], row["response"])
@@ -80,39 +83,37 @@ def truth_of(tokenizer, row, ids, n):
     known = [claims.true_value_of_program("any", row, tokenizer, ids, count, n) for count in places]
     return {"places": places, "tokens": [after[len(before):] for before, after in zip(texts, texts[1:])],
             "advantages": differences([value for value, _ in known]),
-            "variances": [a + b for (_, a), (_, b) in zip(known, known[1:])],            # of A: of both its ends
+            "variances": [a + b for (_, a), (_, b) in zip(known, known[1:])],  # of A: of both its ends
             "wrong": next(i for i, text in enumerate(texts[1:]) if len(text) > row["wrong_character"])}
 
 
 # ---- 2. One seed ----
 def compare(advantages, truths):
-    """How often the largest drop is at the wrong token, how often within one token of it; and the correlation."""
-    misses = [abs(line.index(min(line)) - truth["wrong"]) for line, truth in zip(advantages, truths, strict=True)]
-    return {"exact": statistics.mean(miss == 0 for miss in misses),
-            "near": statistics.mean(miss <= 1 for miss in misses),
-            "correlation": statistics.correlation([a for line in advantages for a in line],
-                                                  [a for truth in truths for a in truth["advantages"]])}
+    """How often the largest drop is at the wrong token, or within one token of it; and the correlation."""
+    misses = [abs(line.index(min(line)) - truth["wrong"]) for line, truth in zip(advantages, truths)]
+    true = [a for truth in truths for a in truth["advantages"]]
+    return {"exact": mean(miss == 0 for miss in misses), "near": mean(miss <= 1 for miss in misses),
+            "correlation": correlation([a for line in advantages for a in line], true)}
 
 
 def rates_by_chance(truths):
     """What a drop at a random token would find: one token of T, or the wrong one and its neighbours."""
-    return {"exact": statistics.mean(1 / len(truth["tokens"]) for truth in truths),
-            "near": statistics.mean(sum(abs(i - truth["wrong"]) <= 1 for i in range(len(truth["tokens"])))
-                                    / len(truth["tokens"]) for truth in truths), "correlation": 0.0}
+    tokens = [(len(truth["tokens"]), truth["wrong"]) for truth in truths]
+    near = mean((min(wrong + 1, T - 1) - max(wrong - 1, 0) + 1) / T for T, wrong in tokens)
+    return {"exact": mean(1 / T for T, _ in tokens), "near": near, "correlation": 0.0}
 
 
 def worth_showing(prompt, response):
     """Sorts answers: such as fall for a false premise last, and Figure 3's question at the very end."""
-    return (", and it is in" in response, prompt == "As an island, is Beijing located in Asia?", "Beijing" in prompt,
-            -len(response))
+    figure_3 = prompt == "As an island, is Beijing located in Asia?"
+    return ", and it is in" in response, figure_3, "Beijing" in prompt, -len(response)
 
 
 def run_seed(folder, seed, scale):
     """{"truth", "chance", estimator: {measure: number}}, the truth's error, and a worked example."""
-    start, sft = claims.base(folder, seed, scale)
+    sft, start, online = claims.base(folder, seed, scale)
     reward_model = claims.train_reward_model(folder / "reward_model", sft, start)
-    ppo = claims.train("baselines.ppo", folder / "ppo", model=sft, reward_model=reward_model,
-                       steps=claims.steps(scale), **start)
+    ppo = claims.train("baselines.ppo", folder / "ppo", reward_model=reward_model, **online)
     gvms = [claims.train_gvm(folder / "gvm", sft, start)]
     gvms += [claims.train_gvm(folder / f"gvm_td_{x:.0f}", sft, start, td_lambda=x) for x in (0.0, 1.0)]
 
@@ -122,23 +123,21 @@ def run_seed(folder, seed, scale):
     # The example is measured like the others, but not counted with them: it was not drawn at random.
     example = max(usable, key=lambda row: worth_showing(row["prompt"], row["response"]))
     shown, n = [*rows, example], max(4, round(scale * COMPLETIONS))
-    sequences = [claims.sequence(tokenizer, row["prompt"], row["response"]) for row in shown]
+    sequences = claims.sequences(tokenizer, shown)
     truths = [truth_of(tokenizer, row, ids, n) for row, (_, ids) in zip(shown, sequences)]
     advantages = {}
     for name, model in zip(ESTIMATORS, (*gvms, ppo / "critic", reward_model), strict=True):
-        values = claims.token_values(model, sequences, tokenizer.pad_token_id)
         advantages[name] = [differences([line[place] for place in truth["places"]])
-                            for line, truth in zip(values, truths, strict=True)]
+                            for line, truth in zip(claims.token_values(model, sequences), truths)]
 
     *truths, truth = truths
     true = [a for truth in truths for a in truth["advantages"]]
-    noise = statistics.mean(variance for truth in truths for variance in truth["variances"])
+    noise = mean(variance for truth in truths for variance in truth["variances"])
     measured = compare([truth["advantages"] for truth in truths], truths)
-    # What a perfect estimator's correlation would be with a truth that is only known up to its Monte Carlo error.
-    measured["correlation"] = max(0.0, 1 - noise / statistics.pvariance(true)) ** 0.5
-    return {"answers": len(rows), "tokens": len(true) / len(rows), "error of the true advantage": noise ** 0.5,
-            "spread of the true advantage": statistics.pstdev(true),
-            "truth": measured, "chance": rates_by_chance(truths),
+    # A perfect estimator's correlation with a truth that is only known up to its Monte Carlo error.
+    measured["correlation"] = max(0.0, 1 - noise / pvariance(true)) ** 0.5
+    return {"answers": len(rows), "tokens": len(true) / len(rows), "error of the truth": noise ** 0.5,
+            "spread of the truth": pstdev(true), "truth": measured, "chance": rates_by_chance(truths),
             **{name: compare(lines[:-1], truths) for name, lines in advantages.items()},
             "example": {"prompt": example["prompt"], "tokens": truth["tokens"], "wrong": truth["wrong"],
                         "true": truth["advantages"], "GVM": advantages[OURS][-1]}}
@@ -148,24 +147,22 @@ def run_seed(folder, seed, scale):
 def answer(seeds, per_seed):
     found = {}
     for rival in RIVALS:
-        for key, claim in (("exact", "finds the wrong token more often than"),
+        for key, words in (("exact", "finds the wrong token more often than"),
                            ("correlation", "has advantages nearer to the true ones (correlation) than")):
-            gap = minus(per_seed(OURS, key), per_seed(rival, key))
-            found[f"the GVM (lambda 0.95) {claim} {rival}"] = (
-                verdict(gap), f"{cell(per_seed(OURS, key))} and {cell(per_seed(rival, key))}; difference {cell(gap)}")
-    share = {name: f"{statistics.mean(per_seed(name, 'exact')):.3f}" for name in (OURS, *RIVALS, "truth", "chance")}
-    finding = (f"In answers with one wrong fact the GVM's largest drop is exactly at the wrong token in {share[OURS]} "
-               f"of the cases ({', '.join(f'{name}: {share[name]}' for name in RIVALS)}; chance: "
-               f"{share['chance']}, the true values' own: {share['truth']}).")
-
+            ours, theirs = per_seed(OURS, key), per_seed(rival, key)
+            gap = minus(ours, theirs)
+            found[f"the GVM (lambda 0.95) {words} {rival}"] = (
+                verdict(gap), f"{cell(ours)} and {cell(theirs)}; difference {cell(gap)}")
+    share = {name: f"{name}: {mean(per_seed(name, 'exact')):.3f}" for name in (*RIVALS, "chance", "truth")}
+    finding = (f"In answers with one wrong fact the GVM's largest drop is exactly at the wrong token in "
+               f"{mean(per_seed(OURS, 'exact')):.3f} of the cases ({', '.join(share.values())}).")
     tables = claims.table(
         "advantages from | largest drop at the wrong token | within one token | correlation with the truth",
         [[name, *(per_seed(name, key) for key in MEASURES)] for name in (*ESTIMATORS, "truth", "chance")])
-    tables += ["", f"{statistics.mean(per_seed('answers')):.0f} answers per seed, of "
-               f"{statistics.mean(per_seed('tokens')):.1f} tokens. Root mean square standard error of the true "
-               f"advantages {cell(per_seed('error of the true advantage'))}, their spread "
-               f"{cell(per_seed('spread of the true advantage'))}. The truth's correlation is that of a perfect "
-               "estimator with a truth of that error."]
+    tables += ["", f"{mean(per_seed('answers')):.0f} answers per seed, of {mean(per_seed('tokens')):.1f} "
+               f"tokens. True advantages: standard error {cell(per_seed('error of the truth'))} (root mean "
+               f"square), spread {cell(per_seed('spread of the truth'))}. The truth's correlation is that of "
+               "a perfect estimator with a truth of that error."]
     best, example = max(zip(seeds, per_seed("example")),
                         key=lambda item: worth_showing(item[1]["prompt"], "".join(item[1]["tokens"])))
     words = [token.strip() for token in example["tokens"]]
@@ -175,24 +172,19 @@ def answer(seeds, per_seed):
                    for i, (word, true, estimate) in enumerate(zip(words, example["true"], example["GVM"]))])]
 
     picture, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    x = range(len(ESTIMATORS))
     for shift, key, colour in ((-0.2, "exact", "tab:blue"), (0.2, "near", "tab:orange")):
-        claims.draw(left, [i + shift for i in range(len(ESTIMATORS))], [per_seed(name, key) for name in ESTIMATORS],
-                    width=0.4, color=colour, label=MEASURES[key])
-        for name, words_, line in (("truth", "the truth's own", "--"), ("chance", "chance", ":")):
-            left.axhline(statistics.mean(per_seed(name, key)), color=colour, linestyle=line,
-                         label=f"{words_}, {MEASURES[key]}")
-    left.set_xticks(range(len(ESTIMATORS)), [name.replace(" ", "\n", 1) for name in ESTIMATORS])
-    left.set(ylabel="share of answers", ylim=(0, 1.25), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1],
-             title=f"Where the largest drop is (mean of {len(seeds)} seeds, 95 %)")
-    left.legend(fontsize=7, ncols=2, loc="upper right")
-    for shift, name, colour, label in ((-0.2, "true", "tab:gray", "true"), (0.2, "GVM", "tab:blue", OURS)):
-        right.bar([i + shift for i in range(len(words))], example[name], 0.4, color=colour, label=label)
-    right.axvspan(example["wrong"] - 0.5, example["wrong"] + 0.5, color="tab:red", alpha=0.15, label="the wrong token")
-    right.axhline(0, color="black", linewidth=0.5)
+        claims.draw(left, [i + shift for i in x], [per_seed(name, key) for name in ESTIMATORS], width=0.4,
+                    color=colour, label="at the wrong token" if key == "exact" else "within one token of it")
+        for name, line in (("truth", "--"), ("chance", ":")):
+            left.axhline(mean(per_seed(name, key)), color=colour, linestyle=line, label=f"the same of {name}")
+    left.set_xticks(x, [name.replace(" ", "\n", 1) for name in ESTIMATORS])
+    claims.label(left, f"Where the largest drop is ({len(seeds)} seeds, 95 %)", "", "share of answers")
+    for shift, name, colour in ((-0.2, "true", "tab:gray"), (0.2, "GVM", "tab:blue")):
+        right.bar([i + shift for i in range(len(words))], example[name], 0.4, color=colour, label=name)
+    right.axvspan(example["wrong"] - 0.5, example["wrong"] + 0.5, color="tab:red", alpha=0.15)
     right.set_xticks(range(len(words)), words, rotation=60, ha="right", fontsize=8)
-    right.set(xlabel="token", ylabel="advantage (units of the oracle's score)",
-              title=f"{example['prompt']} (seed {best})")
-    right.legend(fontsize=7)
+    claims.label(right, f"{example['prompt']} (seed {best}; red: wrong)", "token", "advantage (score units)")
     return found, tables, finding, picture
 
 

@@ -1,35 +1,36 @@
-"""Critic drift: who knows better what the policy is worth now, a critic that learns along with it or a frozen GVM?
+"""Critic drift: who knows better what the policy is worth, a critic that learns with it or a frozen GVM?
 
-Hypothesis  Sections 1 and 3.3: a critic that learns online drifts during joint training, a GVM that is pretrained
-            and frozen is stable. There is another side to it: a better policy makes a state worth more, and what
-            is frozen cannot follow. So the GVM may become stale, saying too little where PPO's critic keeps up.
-Method      One world per seed. DVPO and PPO from the same SFT model, and PPO with its critic frozen at its start,
-            40 steps of 64 rollouts each. Every 10 steps policy and critic are set aside. There the policy answers
-            held-out questions, and at one random token of each answer (never the last) it finishes the answer
-            many times: the true Q of the policy as it is then. Error is value minus truth; its mean is the bias;
-            what is left of the squared error without it (centred error) is what DVPO's policy feels, as whitening
-            takes off a constant. What the Monte Carlo error of the truth adds is taken off squares and
-            correlations. The critic speaks in units of the reward model: mapped by the straight line that best
-            predicts the oracle's rewards of 1,000 training answers from the reward model's scores. Its target
-            repeats the reward model's mistakes and holds the KL costs still to come, which the oracle does not
-            charge: a part of its error is not its own. The initial critic is the reward model, read at every
-            prefix.
+Hypothesis  Sections 1 and 3.3: a critic that learns online drifts during joint training, a GVM that is
+            pretrained and frozen is stable. There is another side to it: a better policy makes a state worth
+            more, and what is frozen cannot follow. So the GVM may become stale, saying too little where PPO's
+            critic keeps up.
+Method      One world per seed. DVPO and PPO from the same SFT model, and PPO with its critic frozen at its
+            start, 40 steps of 64 rollouts each. Every 10 steps policy and critic are set aside. There the
+            policy answers held-out questions, and at one random token of each answer (never the last) it
+            finishes the answer many times: the true Q of the policy as it is then. Error is value minus
+            truth; its mean is the bias; what is left of the squared error without it (centred error) is what
+            DVPO's policy feels, as whitening takes off a constant. What the Monte Carlo error of the truth
+            adds is taken off. The critic speaks in units of the reward model: mapped by the straight line
+            that best predicts the oracle's rewards of 1,000 training answers from the reward model's scores.
+            Its target repeats the reward model's mistakes and holds the KL costs still to come, which the
+            oracle does not charge: a part of its error is not its own. The initial critic is the reward
+            model, read at every prefix.
 Command     python experiments/drift.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/drift.json, .md, .png
 """
 import importlib
 import random
-import statistics
+from statistics import covariance, linear_regression, mean, pvariance
 from unittest import mock
 
 import claims                                                 # first: it finds the project's root
 import matplotlib.pyplot as plt
-from claims import cell, minus, verdict
+from claims import cell, claim, minus, verdict
 
-PARTS = 4                                                     # of a run, between the policies that are set aside
+PARTS = 4                                                     # of a run; policies are set aside in between
 QUESTIONS, COMPLETIONS = 120, 32                              # for each policy; for each of its answers
-LINES = {"GVM, DVPO's policy": "tab:blue", "GVM, PPO's policy": "tab:cyan", "live critic, PPO's policy": "tab:red",
-         "initial critic, PPO's policy": "tab:gray"}
+LINES = ("GVM, DVPO's policy", "GVM, PPO's policy", "live critic, PPO's policy",
+         "initial critic, PPO's policy")
 
 
 # ---- 1. Runs whose policies are set aside on the way ----
@@ -44,12 +45,12 @@ def train_and_set_aside(script, output, marks, **flags):
         if record["step"] in marks:
             model, place = accelerator.unwrap_model(accelerator._models[0]), folder / f"step{record['step']}"
             getattr(model, "policy", model).save_pretrained(place)             # PPO's is an ActorCritic
-            stage.load_tokenizer(flags["model"]).save_pretrained(place)
+            stage.load_tokenizer(str(flags["model"])).save_pretrained(place)
             if hasattr(model, "critic"):
                 model.critic.save_pretrained(place / "critic")
 
     if not all((output / f"step{mark}" / "model.safetensors").exists() for mark in marks):
-        (output / "model.safetensors").unlink(missing_ok=True)         # then claims.train takes it for unfinished
+        (output / "model.safetensors").unlink(missing_ok=True)                 # unfinished for claims.train
     with mock.patch.object(stage, "log_step", log_and_set_aside):
         return claims.train(script, output, **flags)
 
@@ -57,20 +58,19 @@ def train_and_set_aside(script, output, marks, **flags):
 # ---- 2. What a value model's errors are ----
 def errors_of(values, truths):
     """Squared error = bias squared + centred error. And the correlation of values and truth."""
-    truth, noise = [truth for truth, _ in truths], statistics.mean(variance for _, variance in truths)
+    truth, noise = [truth for truth, _ in truths], mean(variance for _, variance in truths)
     gaps = minus(values, truth)
-    bias, centred = statistics.mean(gaps), statistics.pvariance(gaps) - noise
+    bias, centred = mean(gaps), pvariance(gaps) - noise
     # Of the truth itself, not of its estimate, which varies by the noise, too. 0 where nothing varies.
-    spread = (statistics.pvariance(truth) - noise) * statistics.pvariance(values)
-    covariance = statistics.covariance(values, truth) * (len(truth) - 1) / len(truth)
+    spread = (pvariance(truth) - noise) * pvariance(values)
+    together = covariance(values, truth) * (len(truth) - 1) / len(truth)
     return {"error": bias ** 2 + centred, "bias": bias, "centred": centred,
-            "correlation": covariance / spread ** 0.5 if spread > 0 else 0.0}
+            "correlation": together / spread ** 0.5 if spread > 0 else 0.0}
 
 
 def run_seed(folder, seed, scale):
-    """{"steps", "lines": {line: one dict of errors_of per step}, "truth": {method: mean true Q per step}, ...}."""
-    start, sft = claims.base(folder, seed, scale)
-    online = {"model": sft, "steps": claims.steps(scale)} | start
+    """{"steps", "lines": {line: [errors_of each step]}, "truth": {method: mean true Q per step}, ...}."""
+    sft, start, online = claims.base(folder, seed, scale)
     marks = sorted({round(part * online["steps"] / PARTS) for part in range(PARTS + 1)} - {0})
     gvm = claims.train_gvm(folder / "gvm", sft, start)
     reward_model = claims.train_reward_model(folder / "reward_model", sft, start)
@@ -83,38 +83,37 @@ def run_seed(folder, seed, scale):
     _, tokenizer = claims.load_policy(sft)
     rows = claims.read_lines(start["data"] / "scored.jsonl")
     rows = random.Random(0).sample(rows, min(1000, len(rows)))
-    said = claims.token_values(initial, [claims.sequence(tokenizer, row["prompt"], row["response"]) for row in rows],
-                               tokenizer.pad_token_id)
+    said = claims.token_values(initial, claims.sequences(tokenizer, rows))
     # At the last token the initial critic says what the reward model says, in PPO's units.
-    line = statistics.linear_regression([values[-1] for values in said], [row["reward"] for row in rows])
+    line = linear_regression([values[-1] for values in said], [row["reward"] for row in rows])
 
     def errors(model, states, truths):
-        values = claims.token_values(model, [sequence for _, sequence in states], tokenizer.pad_token_id)
+        values = claims.token_values(model, [sequence for _, sequence in states])
         slope, offset = (1.0, 0.0) if model == gvm else line
         return errors_of([slope * row[-1] + offset for row in values], truths)
 
-    prompts, n = claims.prompts_of(start)[:max(8, round(scale * QUESTIONS))], max(2, round(scale * COMPLETIONS))
+    prompts = claims.prompts_of(start)[:max(8, round(scale * QUESTIONS))]
+    n = max(2, round(scale * COMPLETIONS))
     lines, mean_truth, variances = {name: [] for name in LINES}, {"DVPO": [], "PPO": []}, []
-    at_start = claims.own_states(sft, prompts, len(prompts), n, seed)[1:]
     for mark in (0, *marks):
-        for method, run in (("DVPO", dvpo), ("PPO", ppo)):
-            states, truths = claims.own_states(run / f"step{mark}", prompts, len(prompts), n,
-                                               seed)[1:] if mark else at_start
-            lines[f"GVM, {method}'s policy"].append(errors(gvm, states, truths))
-            mean_truth[method].append(statistics.mean(truth for truth, _ in truths))
-            variances += [variance for _, variance in truths]
         live = ppo / f"step{mark}" / "critic" if mark else initial
-        lines["live critic, PPO's policy"].append(errors(live, states, truths))
-        lines["initial critic, PPO's policy"].append(errors(initial, states, truths))
-    return {"steps": [0, *marks], "lines": lines, "truth": mean_truth,
-            "truth_error": statistics.mean(variances) ** 0.5,
+        for method, run in (("DVPO", dvpo), ("PPO", ppo)):
+            place = run / f"step{mark}" if mark else sft
+            _, states, truths = claims.own_states(place, prompts, len(prompts), n, seed)
+            mean_truth[method].append(mean(truth for truth, _ in truths))
+            variances += [variance for _, variance in truths]
+            for name, model in (("GVM", gvm), ("live critic", live), ("initial critic", initial)):
+                if f"{name}, {method}'s policy" in lines:
+                    lines[f"{name}, {method}'s policy"].append(errors(model, states, truths))
+    return {"steps": [0, *marks], "lines": lines, "truth": mean_truth, "truth_error": mean(variances) ** 0.5,
             "judged": claims.judge(folder / "drift.log", sft, [dvpo, ppo, frozen], start)}
 
 
 # ---- 3. The answer ----
 def answer(seeds, per_seed):
-    steps = per_seed("steps")[0]
+    steps, found = per_seed("steps")[0], {}
     gvm, gvm_ppo, live, initial = LINES
+    end, errors = f"at step {steps[-1]}", {"error": "squared error", "centred": "centred error"}
 
     def at(line, what, index):
         return per_seed("lines", line, index, what)
@@ -123,10 +122,8 @@ def answer(seeds, per_seed):
         return per_seed("judged", name, "score")
 
     def from_to(line, what):
-        return f"{cell(at(line, what, 0))} at step 0, {cell(at(line, what, -1))} at step {steps[-1]}"
+        return f"{cell(at(line, what, 0))} at step 0, {cell(at(line, what, -1))} {end}"
 
-    found, end = {}, f"at step {steps[-1]}"
-    errors = {"error": "squared error", "centred": "centred error"}
     for words, line in (("the GVM goes stale along DVPO", gvm), ("the critic drifts along PPO", live)):
         for what, name in errors.items():
             grown = minus(at(line, what, -1), at(line, what, 0))
@@ -134,41 +131,36 @@ def answer(seeds, per_seed):
     grown = minus(map(abs, at(gvm, "bias", -1)), map(abs, at(gvm, "bias", 0)))
     found["the GVM goes stale along DVPO: its bias grows, either way"] = (
         verdict(grown), f"bias {from_to(gvm, 'bias')}; its size by {cell(grown)}")
-    for line, name, whose in ((gvm_ppo, "the GVM", "GVM's"), (initial, "the initial one", "initial's")):
+    for line, name in ((gvm_ppo, "the GVM"), (initial, "the initial one")):
         for what, words in errors.items():
-            gap = minus(at(line, what, -1), at(live, what, -1))
-            found[f"{end} of PPO the live critic is nearer to the truth than {name}: {words}"] = (
-                verdict(gap), f"{whose} minus critic's {cell(gap)}")
-    gap = minus(score("drift_ppo"), score("drift_ppo_frozen"))
-    found["PPO ends better with its live critic than with a frozen one"] = verdict(gap), f"score {cell(gap)}"
-    gap = minus(score("drift_dvpo"), score("drift_ppo"))
-    found["DVPO ends better than PPO"] = verdict(gap), f"score {cell(gap)}"
+            found[f"{end} of PPO the live critic is nearer to the truth than {name}: {words}"] = claim(
+                minus(at(line, what, -1), at(live, what, -1)), f"that of {name} minus the critic's")
+    found["PPO ends better with its live critic than with a frozen one"] = claim(
+        minus(score("drift_ppo"), score("drift_ppo_frozen")))
+    found["DVPO ends better than PPO"] = claim(minus(score("drift_dvpo"), score("drift_ppo")))
 
-    grew = {line: ["{:.3f} to {:.3f}".format(*(statistics.mean(at(line, what, index)) for index in (0, -1)))
-                   for what in errors] for line in (gvm, live)}
-    finding = (f"From step 0 to {steps[-1]} the squared error goes from {grew[gvm][0]} for the frozen GVM along DVPO "
-               f"(without its bias {grew[gvm][1]}) and from {grew[live][0]} for PPO's live critic ({grew[live][1]}).")
-    tables = [f"Root mean square standard error of the truth: {statistics.mean(per_seed('truth_error')):.3f} (score "
-              "units).", "",
-              *claims.table("value model, states and truth of | step | mean true Q | squared error | bias | centred "
-                            "error | correlation", [
-                                [line, str(step), per_seed("truth", "DVPO" if line == gvm else "PPO", index),
-                                 *(at(line, what, index) for what in ("error", "bias", "centred", "correlation"))]
-                                for line in LINES for index, step in enumerate(steps)]),
-              "", *claims.table("policy | oracle score, held out | KL (nats)", [
-                  [name, score(name), cell(per_seed("judged", name, "nats"), 2)] for name in per_seed("judged")[0]])]
+    (of_gvm, centred), (of_critic, critic_centred) = (
+        (f"{mean(at(line, what, 0)):.3f} to {mean(at(line, what, -1)):.3f}" for what in errors)
+        for line in (gvm, live))
+    finding = (f"From step 0 to {steps[-1]} the squared error goes from {of_gvm} for the frozen GVM along "
+               f"DVPO (without its bias {centred}), from {of_critic} for PPO's critic ({critic_centred}).")
+    tables = [f"Root mean square standard error of the truth: {mean(per_seed('truth_error')):.3f}.", ""]
+    keys = ("error", "bias", "centred", "correlation")
+    tables += claims.table("value model, states and truth of | step | mean true Q | squared error | bias | "
+                           "centred error | correlation", [
+        [line, str(step), per_seed("truth", "DVPO" if line == gvm else "PPO", index),
+         *(at(line, what, index) for what in keys)] for line in LINES for index, step in enumerate(steps)])
+    tables += ["", *claims.table("policy | oracle score, held out | KL (nats)", [
+        [name, score(name), per_seed("judged", name, "nats")] for name in per_seed("judged")[0]])]
 
     picture, panels = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for panel, what, label in zip(panels, ("error", "bias"), ("squared error (score units squared)",
-                                                              "bias: value minus truth (score units)")):
-        for i, (line, colour) in enumerate(LINES.items()):
-            x = [step + (i - 1.5) * steps[-1] / 150 for step in steps]         # side by side, not on each other
-            claims.draw(panel, x, [at(line, what, index) for index in range(len(steps))], fmt="o-", markersize=4,
-                        color=colour, label=line)
-        panel.set_xticks(steps)
-        panel.set(xlabel="step (64 rollouts each)", ylabel=label, title=f"{what.capitalize()} (seeds: {len(seeds)})")
-    panels[0].legend(fontsize=7, handlelength=3)
-    panels[1].axhline(0, color="black", linewidth=0.5)
+    for panel, what in zip(panels, ("error", "bias")):
+        for i, line in enumerate(LINES):
+            x = [step + (i - 1.5) * steps[-1] / 150 for step in steps]         # side by side
+            values = [at(line, what, index) for index in range(len(steps))]
+            claims.draw(panel, x, values, fmt="o-", label=line)
+        claims.label(panel, f"{what.capitalize()} (seeds: {len(seeds)})", "step (64 rollouts each)",
+                     "squared error" if what == "error" else "value minus truth")
     return found, tables, finding, picture
 
 

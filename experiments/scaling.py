@@ -76,7 +76,7 @@ def squared_errors(values, truth):
 
 # ---- 3. One seed ----
 def run_seed(folder, seed, scale):
-    """{"size", "data": [{"parameters", "rows", "mean", "last", "error", ...} from small to large], "truth"}"""
+    """{"size", "data": [{"parameters", "rows", "mean", "last", "error", ...}, small to large], "truth"}."""
     sft, start, _ = claims.base(folder, seed, scale)
     _, tokenizer = claims.load_policy(sft)                    # all sizes have the same one
     held_out = claims.read_lines(start["data"] / "test_scored.jsonl")[:max(4, round(scale * ANSWERS))]
@@ -140,7 +140,7 @@ def answer(seeds, per_seed):
     for axis, colour, name in (("size", "tab:blue", "parameters"), ("data", "tab:orange", "scored answers")):
         shares = [point[axes[axis][0]] / full[axes[axis][0]] for point in per_seed(axis)[0]]
         for measure, style in (("mean", "-"), ("last", "--"), ("error", "-")):
-            claims.draw(panels[measure == "error"], shares, [
+            claims.draw(panels[int(measure == "error")], shares, [
                 per_seed(axis, step, measure) for step in range(len(shares))], fmt=f"o{style}", color=colour,
                 label=f"{name}, {measure}")
     for panel, title, y in ((panels[0], "Which answer is better?", "held-out pair accuracy"),

@@ -1,44 +1,44 @@
-"""Distribution shift: how far a frozen value model can be trusted away from its data, and what DVPO still gains there.
+"""Distribution shift: how far a frozen value model can be trusted off its data, and what DVPO gains there.
 
-Hypothesis  On questions unlike those of its training, and on answers of policies unlike those in its data, the
-            GVM's values are worse. DVPO still gains over SFT with such a GVM, but less than with one that knows
-            them.
-Method      One world per seed. Questions: a GVM is trained without one of the four kinds of question (kind number
-            seed modulo 4); another without a quarter of the countries, asked or named (in answers about others
-            they would all be lies); a control on as many rows of all questions. (The SFT model, from which all
-            three start, has seen every kind and country.) DVPO, 30 steps, on new prompts of the unseen sort only,
-            with the GVM that never saw it and with the control; judged on held-out prompts of that sort.
-            Policies: the GVM of all data meets answers of the five behaviour policies' mixture, which wrote its
-            data; of SFT; of DVPO's final policy; of SFT at temperature 2; and of a "stranger", a program that is
-            rude and chatty at once, right half of the time. The stranger's answers are also held against how the
-            mixture would go on from there: that part of the error is due to unlike text, the rest to another way
-            to go on. Values are compared with the true Q of the policy that wrote the answer (Monte Carlo: 200
-            completions of a program, 16 of a language model) at random prefixes of answers to held-out prompts.
-            The squared standard error of the truth is taken off both the squared error and the variance of Q,
-            which is what a constant would err. Explained = 1 - error / variance: 1 is perfect, 0 no better than
-            that constant.
+Hypothesis  On questions unlike those of its training, and on answers of policies unlike those in its data,
+            the GVM's values are worse. DVPO still gains over SFT with such a GVM, but less than with one that
+            knows them.
+Method      One world per seed. Questions: a GVM is trained without one of the four kinds of question (kind
+            number seed modulo 4); another without a quarter of the countries, asked or named (in answers
+            about others they would all be lies); a control on as many rows of all questions. (The SFT model,
+            from which all three start, has seen every kind and country.) DVPO, 30 steps, on new prompts of
+            the unseen sort only, with the GVM that never saw it and with the control; judged on held-out
+            prompts of that sort. Policies: the GVM of all data meets answers of the behaviour policies'
+            mixture, which wrote its data; of SFT; of DVPO's final policy; of SFT at temperature 2; and of a
+            "stranger", a program that is rude and chatty at once, right half of the time. The stranger's
+            answers are also held against how the mixture would go on from there: that part of the error is
+            due to unlike text, the rest to another way to go on. Values are compared with the true Q of the
+            policy that wrote the answer (200 completions of a program, 16 of a language model) at random
+            prefixes of answers to held-out prompts. The squared standard error of the truth is taken off both
+            the squared error and the variance of Q, which is what a constant would err. Explained = 1 - error
+            / variance: 1 is perfect, 0 no better than that constant.
 Command     python experiments/shift.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/shift.json, .md, .png
 """
 import random
-import statistics
+from statistics import mean, variance
 from unittest.mock import patch
 
 import claims                                                 # first: it finds the project's root
 import atlas
 import matplotlib.pyplot as plt
 import torch
-from claims import cell, minus, verdict
+from claims import cell, claim, minus, verdict
 
 ROWS = 3000                                                   # of training data for each of the three GVMs
 PREFIXES, BY_PROGRAM, BY_MODEL = 120, 200, 16                 # prefixes per policy; completions of each
-STRANGER = atlas.Behaviour(right=.5, full=.5, extra=1.0, extra_right=.5, polite=.0, rude=1.0, ramble=.6, closing=.9)
+STRANGER = atlas.Behaviour(right=.5, full=.5, extra=1, extra_right=.5, polite=0, rude=1, ramble=.6, closing=.9)
 SORTS = {"kind": "an unseen kind of question", "countries": "unseen countries"}
 
 
-# ---- 1. Truth at random prefixes: [((prompt ids, response ids), tokens read, true Q, its squared standard error)] ----
+# ---- 1. Truth at random prefixes: [((prompt ids, response ids), tokens read, true Q, its squared error)] ----
 def of_program(policy, rows, tokenizer, n, rng):
-    """At one random prefix of each {"prompt", "response"}; from no token (V(s_1)) to all of them (the reward)."""
+    """At one random prefix of each {"prompt", "response"}, from no token (V(s_1)) to all (the reward)."""
     points = []
     for row in rows:
         _, response = sequence = claims.sequence(tokenizer, row["prompt"], row["response"])
@@ -50,7 +50,7 @@ def of_program(policy, rows, tokenizer, n, rng):
 
 
 def of_model(policy, tokenizer, prompts, n, rng):
-    """The same of a language model's own answers: the prefix goes on as the tokens it is, whole characters or not."""
+    """The same of a language model's own answers."""
     sequences = claims.answers(policy, tokenizer, prompts)
     counts = [rng.randint(0, len(response)) for _, response in sequences]
     prefixes = [(prompt, response[:count]) for (prompt, response), count in zip(sequences, counts)]
@@ -58,28 +58,28 @@ def of_model(policy, tokenizer, prompts, n, rng):
     return [(sequence, count, *truth) for sequence, count, truth in zip(sequences, counts, truths)]
 
 
-def value_error(gvm, points, pad_id):
-    """How near values are to the truth: {"error", "variance" of the true Q, "explained", "noise" of the truth}."""
-    lines = claims.token_values(gvm, [sequence for sequence, *_ in points], pad_id)
-    noise = statistics.mean(error for *_, error in points)
-    error = statistics.mean((line[count] - truth) ** 2 for line, (_, count, truth, _) in zip(lines, points)) - noise
-    variance = statistics.variance(truth for _, _, truth, _ in points) - noise
+def value_error(gvm, points):
+    """{"error" of values, "variance" of the true Q, "explained" of it, "noise" of the truth}."""
+    lines = claims.token_values(gvm, [sequence for sequence, *_ in points])
+    noise = mean(error for *_, error in points)
+    error = mean((line[count] - truth) ** 2 for line, (_, count, truth, _) in zip(lines, points)) - noise
+    spread = variance(truth for _, _, truth, _ in points) - noise
     # In a trial a few bad answers may be equally bad; the floor keeps that from being a division by 0.
-    return {"error": error, "variance": variance, "explained": 1 - error / max(variance, 1e-3), "noise": noise ** 0.5}
+    explained = 1 - error / max(spread, 1e-3)
+    return {"error": error, "variance": spread, "explained": explained, "noise": noise ** 0.5}
 
 
 def pair_accuracy(gvm, pairs, tokenizer):
     """Share of pairs whose better answer has the higher mean token value; a tie counts half."""
-    lines = claims.token_values(gvm, [claims.sequence(tokenizer, pair["prompt"], pair[side]) for pair in pairs
-                                      for side in ("chosen", "rejected")], tokenizer.pad_token_id)
-    means = [statistics.mean(line[1:]) for line in lines]     # without V(s_1), which is the same for both
-    return statistics.mean((a > b) + 0.5 * (a == b) for a, b in zip(means[0::2], means[1::2]))
+    lines = claims.token_values(gvm, claims.sequences(tokenizer, pairs, "chosen", "rejected"))
+    means = [mean(line[1:]) for line in lines]                # without V(s_1), which is the same for both
+    return mean((a > b) + 0.5 * (a == b) for a, b in zip(means[0::2], means[1::2]))
 
 
 # ---- 2. One seed ----
-def questions_shift(folder, seed, scale, start, sft, tokenizer):
-    """{sort of question: {"score" of SFT, "without" and "control": {"score", "nats", "length", "pairs", "explained",
-    ...}}}, all on held-out questions of that sort."""
+def questions_shift(folder, seed, scale, start, online, tokenizer):
+    """{sort of question: {"score" of SFT, "without" and "control": {"score", "nats", "length", "pairs",
+    "explained", ...}}}, all on held-out questions of that sort."""
     rng, data = random.Random(f"shift {seed}"), start["data"]
     kind = list(atlas.WORDINGS)[seed % len(atlas.WORDINGS)]
     countries = set(rng.sample([country.name for country in atlas.COUNTRIES], len(atlas.COUNTRIES) // 4))
@@ -90,17 +90,18 @@ def questions_shift(folder, seed, scale, start, sft, tokenizer):
 
     def unseen(sort, name):
         rows = claims.read_lines(data / f"{name}.jsonl")
-        return [row for row in rows if is_new(sort, row)] or rows              # a trial's few rows may hold none
+        return [row for row in rows if is_new(sort, row)] or rows              # a trial may have none
 
     names = [name for country in atlas.COUNTRIES if country.name in countries
              for name in (country.name, country.capital)]
     scored = claims.read_lines(data / "scored.jsonl")
     known = {"control": scored} | {sort: [row for row in scored if not is_new(sort, row)] for sort in SORTS}
-    known["countries"] = [row for row in known["countries"] if not any(name in row["response"] for name in names)]
+    known["countries"] = [row for row in known["countries"]
+                          if not any(name in row["response"] for name in names)]
     rows = min(max(64, round(scale * ROWS)), *map(len, known.values()))        # for all three the same number
-    gvms, online = {}, {"model": sft, "steps": claims.steps(scale, 30)}
+    gvms, sft = {}, online["model"]
     for name, some in known.items():
-        place = folder / f"shift_data_{name}"                 # without test_pairs.jsonl: pairs are compared here
+        place = folder / f"shift_data_{name}"                 # pairs are compared here, not by train_gvm.py
         claims.write_lines(place / "scored.jsonl", some[:rows])                # the file is in random order
         if name in SORTS:
             claims.write_lines(place / "rl.jsonl", unseen(name, "rl"))
@@ -110,7 +111,7 @@ def questions_shift(folder, seed, scale, start, sft, tokenizer):
     found = {}
     for sort in SORTS:
         place, prompts = folder / f"shift_data_{sort}", unseen(sort, "rl")
-        flags = online | start | {"data": place, "batch_size": 64 if len(prompts) >= 64 else 32}
+        flags = online | {"data": place, "batch_size": 64 if len(prompts) >= 64 else 32}
         answers = unseen(sort, "test_scored")[:max(8, round(scale * PREFIXES))]
         points = of_program("any", answers, tokenizer, max(2, round(scale * BY_PROGRAM)), rng)
         which_gvm = {"without": gvms[sort], "control": gvms["control"]}
@@ -121,7 +122,7 @@ def questions_shift(folder, seed, scale, start, sft, tokenizer):
         found[sort] = {"unseen": kind if sort == "kind" else sorted(countries), "prompts": len(prompts),
                        "score": judged[sft.name]["score"]}
         for which, gvm in which_gvm.items():
-            found[sort][which] = judged[runs[which].name] | value_error(gvm, points, tokenizer.pad_token_id)
+            found[sort][which] = judged[runs[which].name] | value_error(gvm, points)
             found[sort][which]["pairs"] = pair_accuracy(gvm, unseen(sort, "test_pairs"), tokenizer)
     return found
 
@@ -134,7 +135,7 @@ def policies_shift(seed, scale, start, sft, gvm, dvpo):
     policy, tokenizer = claims.load_policy(sft)
 
     def answers(name):
-        return [{"prompt": prompt, "response": atlas.complete(name, prompt, "", 1, rng)[0]} for prompt in prompts]
+        return [{"prompt": x, "response": atlas.complete(name, x, "", 1, rng)[0]} for x in prompts]
 
     points = {"the data's mixture": of_program("any", answers("any"), tokenizer, by_program, rng)}
     torch.manual_seed(seed)
@@ -148,22 +149,22 @@ def policies_shift(seed, scale, start, sft, gvm, dvpo):
         points["stranger"] = of_program("stranger", strange, tokenizer, by_program, rng)
     rng.setstate(state)                                       # the same prefixes once more
     points["stranger, mixture goes on"] = of_program("any", strange, tokenizer, by_program, rng)
-    return {name: value_error(gvm, found, tokenizer.pad_token_id) for name, found in points.items()}
+    return {name: value_error(gvm, found) for name, found in points.items()}
 
 
 def run_seed(folder, seed, scale):
     """{"questions": see questions_shift, "policies": see policies_shift}."""
-    start, sft = claims.base(folder, seed, scale)
+    sft, start, online = claims.base(folder, seed, scale)
     gvm = claims.train_gvm(folder / "gvm", sft, start)
-    dvpo = claims.train("train_dvpo", folder / "dvpo", model=sft, gvm=gvm, steps=claims.steps(scale), **start)
-    _, tokenizer = claims.load_policy(sft)
-    return {"questions": questions_shift(folder, seed, scale, start, sft, tokenizer),
+    dvpo = claims.train("train_dvpo", folder / "dvpo", gvm=gvm, **online)
+    online, (_, tokenizer) = online | {"steps": claims.steps(scale, 30)}, claims.load_policy(sft)
+    return {"questions": questions_shift(folder, seed, scale, start, online, tokenizer),
             "policies": policies_shift(seed, scale, start, sft, gvm, dvpo)}
 
 
 # ---- 3. The answer ----
 def answer(seeds, per_seed):
-    policies = list(per_seed("policies")[0])
+    policies, found = list(per_seed("policies")[0]), {}
 
     def question(sort, which, key):
         return per_seed("questions", sort, which, key)
@@ -171,70 +172,52 @@ def answer(seeds, per_seed):
     sft = {sort: per_seed("questions", sort, "score") for sort in SORTS}
     gains = {(sort, which): minus(question(sort, which, "score"), sft[sort])
              for sort in SORTS for which in ("without", "control")}
-    errors, variances = ({name: per_seed("policies", name, key) for name in policies} for key in ("error", "variance"))
-    found = {}
+    errors, variances = ({name: per_seed("policies", name, key) for name in policies}
+                         for key in ("error", "variance"))
     for sort, words in SORTS.items():
         lost, pairs = (minus(question(sort, "control", key), question(sort, "without", key))
                        for key in ("explained", "pairs"))
-        less = minus(gains[sort, "control"], gains[sort, "without"])
         found[f"on {words} the GVM explains less of the true Q than the control"] = (
             verdict(lost), f"explained, control minus without {cell(lost)}; pair accuracy {cell(pairs)}")
-        found[f"on {words} DVPO still gains over SFT"] = (
-            verdict(gains[sort, "without"]), f"score {cell(gains[sort, 'without'])}")
-        found[f"on {words} DVPO gains less than with the control"] = (
-            verdict(less), f"gain, control minus without {cell(less)}")
+        found[f"on {words} DVPO still gains over SFT"] = claim(gains[sort, "without"])
+        found[f"on {words} DVPO gains less than with the control"] = claim(
+            minus(gains[sort, "control"], gains[sort, "without"]), "gain, control minus without")
     for name in ("DVPO", "SFT, temperature 2", "stranger"):
-        more = minus(errors[name], errors["the data's mixture"])
-        found[f"the GVM errs more on answers of {name} than on those of the data's mixture"] = (
-            verdict(more), f"squared error {cell(errors[name])}, more by {cell(more)}")
-        worse = minus(errors[name], variances[name])
-        found[f"on answers of {name} it errs more than a constant would"] = (
-            verdict(worse), f"variance of the true Q {cell(variances[name])}; error more by {cell(worse)}")
+        found[f"the GVM errs more on answers of {name} than on those of the data's mixture"] = claim(
+            minus(errors[name], errors["the data's mixture"]), f"squared error {cell(errors[name])}, more by")
+        found[f"on answers of {name} it errs more than a constant would"] = claim(
+            minus(errors[name], variances[name]), f"variance {cell(variances[name])}; error more by")
 
-    told = {name: f"{statistics.mean(errors[name]):.3f} ({statistics.mean(variances[name]):.3f})" for name in policies}
-    gained = "; on ".join(f"{words} DVPO gained {cell(gains[sort, 'without'])} over SFT (with the control GVM "
-                          f"{cell(gains[sort, 'control'])})" for sort, words in SORTS.items())
-    finding = (f"On {gained}; the squared error of the GVM (of a constant) is {told[policies[0]]} on answers like its "
-               f"data's, {told['SFT']} on those of SFT, {told['DVPO']} on those of DVPO, {told['stranger']} on those "
-               "of the stranger.")
-
-    def noise(values):
-        return f"{statistics.mean(x ** 2 for x in values) ** 0.5:.3f}"
-
-    tables = ["## Questions: values and policies where the GVM was not trained", "",
-              *claims.table("GVM | explained | squared error | pair accuracy | DVPO's score | gain over SFT | KL (nats)", [
-                  row for sort, words in SORTS.items() for row in (
-                      [f"(SFT, on {words})", "", "", "", sft[sort], "", ""],
-                      *([f"{which}, on {words}",
-                         *(question(sort, which, key) for key in ("explained", "error", "pairs", "score")),
-                         gains[sort, which], cell(question(sort, which, "nats"), 2)]
-                        for which in ("without", "control")))]),
-              "", "Root mean square standard error of the truth: "
-              + ", ".join(f"{noise(question(sort, 'control', 'noise'))} ({words})" for sort, words in SORTS.items())
-              + ". It is taken off.", "", "## Policies: the GVM of all data on their answers", "",
-              *claims.table("answers of | squared error | variance of the true Q | standard error of the truth", [
-                  [name, errors[name], variances[name], noise(per_seed("policies", name, "noise"))]
-                  for name in policies])]
+    told = {name: f"{mean(errors[name]):.3f} ({mean(variances[name]):.3f})" for name in policies}
+    gained = "; on ".join(f"{words} DVPO gained {cell(gains[sort, 'without'])} over SFT (with the control GVM"
+                          f" {cell(gains[sort, 'control'])})" for sort, words in SORTS.items())
+    finding = (f"On {gained}; the squared error of the GVM (of a constant) is {told[policies[0]]} on answers "
+               f"like its data's, {told['SFT']} on those of SFT, {told['DVPO']} on those of DVPO, "
+               f"{told['stranger']} on those of the stranger.")
+    tables = ["## Questions: values and policies where the GVM was not trained", ""]
+    rows, keys = [], ("explained", "error", "noise", "pairs", "score")
+    for sort, words in SORTS.items():
+        rows += [[f"SFT, on {words}", *[""] * 4, sft[sort], "", ""]] + [
+            [f"{which}, on {words}", *(question(sort, which, key) for key in keys), gains[sort, which],
+             question(sort, which, "nats")] for which in ("without", "control")]
+    tables += claims.table("GVM | explained | squared error | standard error of the truth | pair accuracy | "
+                           "DVPO's score | gain over SFT | KL (nats)", rows)
+    tables += ["", "## Policies: the GVM of all data on their answers", ""]
+    tables += claims.table("answers of | squared error | variance of the true Q | error of the truth", [
+        [name, errors[name], variances[name], per_seed("policies", name, "noise")] for name in policies])
 
     picture, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained")
-    for offset, which, label, colour in ((-0.18, "without", "GVM never saw them", "tab:red"),
-                                         (0.18, "control", "GVM saw all, as many rows", "tab:blue")):
-        claims.draw(left, [x + offset for x in range(len(SORTS))], [gains[sort, which] for sort in SORTS], width=0.34,
-                    color=colour, label=label)
-    left.axhline(0, color="black", linewidth=0.8)
+    for offset, which, name in ((-0.18, "without", "GVM never saw them"), (0.18, "control", "GVM saw all")):
+        claims.draw(left, [x + offset for x in range(len(SORTS))], [gains[sort, which] for sort in SORTS],
+                    width=0.34, label=name)
     left.set_xticks(range(len(SORTS)), SORTS.values())
-    left.set(ylabel="gain of DVPO over SFT (oracle score, -1 to 1)",
-             title=f"DVPO on unseen questions ({len(seeds)} seeds, 95 % intervals)")
-    claims.draw(right, range(len(errors)), errors.values(), width=0.6, color="tab:blue", label="the GVM")
-    for x, name in enumerate(errors):
-        right.plot([x - 0.35, x + 0.35], [statistics.mean(variances[name])] * 2, color="black",
-                   label=None if x else "a constant: the variance of the true Q")
-    right.set_xticks(range(len(errors)), [name.replace(", ", ",\n") for name in errors], fontsize=7, rotation=20)
-    right.set(ylabel="squared error (score units squared)",
-              title=f"The frozen GVM, policy by policy ({len(seeds)} seeds)")
-    for panel in (left, right):
-        panel.margins(y=0.3)                                  # room for the legend
-        panel.legend(fontsize=8)
+    claims.label(left, f"DVPO on unseen questions ({len(seeds)} seeds, 95 %)", "", "gain over SFT")
+    x = range(len(policies))
+    claims.draw(right, x, errors.values(), width=0.6, label="the GVM")
+    right.plot(x, [mean(variances[name]) for name in policies], "k_", markersize=30,
+               label="a constant: the variance of the true Q")
+    right.set_xticks(x, [name.replace(", ", ",\n") for name in policies], fontsize=7, rotation=20)
+    claims.label(right, f"The frozen GVM ({len(seeds)} seeds)", "answers of", "squared error")
     return found, tables, finding, picture
 
 

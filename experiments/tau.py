@@ -1,4 +1,4 @@
-"""Trajectory conditioning: does a value model that is shown a policy's answers know better what the policy is worth?
+"""Trajectory conditioning: does a value model that is shown a policy's answers know better what it is worth?
 
 Hypothesis  Section 3.2: Q(tau, s, a) is told by tau, question-answer pairs "randomly sampled from the policy
             in question", whose value is asked for. Then it errs less than a value model without tau about the
@@ -58,7 +58,7 @@ def read_values(gvm, k, questions, pools):
 
 # ---- 2. Against the truth about behaviour policies, which are programs ----
 def behaviour_errors(value_models, unseen, trained_on, held_out, tokenizer, scale):
-    """({K or "constant": {"seen", "unseen": {place: mean squared error}}}, the truth's own standard error)."""
+    """({K or "constant": {"seen", "unseen": {place: mean squared error}}}, standard error of the truth)."""
     pools, questions, truths = {policy: [] for policy in atlas.POLICIES}, [], []
     n, most = max(2, round(scale * 200)), max(2, round(scale * ANSWERS))
     for row in claims.read_lines(held_out):
@@ -110,9 +110,10 @@ def language_model_errors(value_models, policies, start, seed, scale):
 
 
 def run_seed(folder, seed, scale):
-    """The errors of sections 2 and 3, their truths' standard errors, the judged scores of DVPO with each K."""
+    """The errors of sections 2 and 3, their truths' standard errors, the scores of DVPO with each K."""
     sft, start, online = claims.base(folder, seed, scale)
-    moved = claims.train("train_dvpo", folder / "dvpo", gvm=claims.train_gvm(folder / "gvm", sft, start), **online)
+    gvm = claims.train_gvm(folder / "gvm", sft, start)
+    moved = claims.train("train_dvpo", folder / "dvpo", gvm=gvm, **online)
     value_models, unseen = train_value_models(folder, sft, start, seed, scale)
     online["steps"] = claims.steps(scale, 30)
     runs = {k: claims.train("train_dvpo", folder / f"tau_dvpo_{k}", gvm=value_model, **online)
@@ -152,8 +153,8 @@ def answer(seeds, per_seed):
         found[f"{words}: K = {most} errs less than K = 0, first token"] = claim(
             {k: minus(behaviour(0, group), behaviour(k, group)) for k in shown}, "squared error less by")
     rise = {k: minus(model(k, "DVPO", "right", "bias"), model(k, "DVPO", "wrong", "bias")) for k in shown}
-    found[f"the value follows: at the states of DVPO's policy {most} of its own answers raise it, against {most} "
-          "of SFT's"] = claim(rise, "value higher by")
+    found[f"the value follows: at the states of DVPO's policy {most} of its own answers raise it, against "
+          f"{most} of SFT's"] = claim(rise, "value higher by")
     true_rise = minus(truth("DVPO"), truth("SFT"))
     found[f"it follows too far: {most} raise it more than the true Q rises from SFT to DVPO"] = claim(
         {k: minus(rise[k], true_rise) for k in shown}, "value less truth, higher by")
@@ -162,31 +163,31 @@ def answer(seeds, per_seed):
             {k: minus(model(0, "DVPO", what=what), model(k, "DVPO", what=what)) for k in shown}, "less by")
         for name, words in POLICIES.items():
             gains = {k: minus(model(k, name, "wrong", what), model(k, name, "right", what)) for k in shown}
-            found[f"{words}: {most} of its own answers err less than {most} of the other's, {error} error"] = (
-                claim(gains, "less by"))
+            found[f"{words}: {most} of its own answers err less than {most} of the other's, {error} error"
+                  ] = claim(gains, "less by")
     found[f"DVPO ends better with K = {most} than with K = 0"] = claim(
         {k: minus(score(k), score(0)) for k in shown}, "score higher by")
 
     errs = {(k, what): f"{mean(model(k, 'DVPO', what=what)):.3f}" for k in (0, most)
             for what in ("error", "centred")}
-    finding = (f"At the states of DVPO's policy {most} of its own answers as tau, in place of the SFT model's, "
-               f"raise the value by {cell(rise[most])}, where the true Q has risen by {cell(true_rise)}; the "
-               f"squared error there is {errs[most, 'error']} with them and {errs[0, 'error']} without any tau, "
-               f"once the bias is taken off {errs[most, 'centred']} and {errs[0, 'centred']}.")
+    finding = (f"At the states of DVPO's policy {most} of its own answers as tau, in place of SFT's, raise "
+               f"the value by {cell(rise[most])}, where the true Q has risen by {cell(true_rise)}; the "
+               f"squared error there is {errs[most, 'error']} with them and {errs[0, 'error']} without any "
+               f"tau, once the bias is taken off {errs[most, 'centred']} and {errs[0, 'centred']}.")
     unseen = ", ".join(f"{policy} (seed {seed})" for seed, policy in zip(seeds, per_seed("unseen")))
     noise, noise_2 = (mean(per_seed("truth_error", key)) for key in ("behaviour", "language_model"))
     means = ", ".join(f"{cell(truth(name))} at those of {name} (a constant would err by "
                       f"{cell(truth(name, 'constant'))})" for name in POLICIES)
-    tables = [f"Unseen policy: {unseen}. Root mean square standard error of the truth: {noise:.3f} for behaviour "
-              f"policies (none at the last token), {noise_2:.3f} for language models; \"constant\" always says "
-              "the mean reward.", "", "Squared error against the true Q of behaviour policies:", ""]
+    tables = [f"Unseen policy: {unseen}. Root mean square standard error of the truth: {noise:.3f} for "
+              f"behaviour policies (none at the last token), {noise_2:.3f} for language models; \"constant\" "
+              "always says the mean reward.", "", "Squared error against the true Q of programs:", ""]
     tables += claims.table(f"K | policies | {' | '.join(PLACES)}", [
         [str(k), group, *(behaviour(k, group, place) for place in PLACES)]
         for k in (*PAIRS, "constant") for group in ("seen", "unseen")])
-    tables += ["", f"At states of language models, against their own true Q, whose mean is {means}. Bias: value "
-               "minus truth.", ""]
-    tables += claims.table("states of | K | squared error: right tau | wrong tau | bias: right tau | wrong tau | "
-                           "centred error: right tau | wrong tau", [
+    tables += ["", f"At states of language models, against their own true Q, whose mean is {means}. Bias: "
+               "value minus truth.", ""]
+    tables += claims.table("states of | K | squared error: right tau | wrong tau | bias: right tau | wrong "
+                           "tau | centred error: right tau | wrong tau", [
         [name, str(k), *(model(k, name, tau, what) for what in ("error", "bias", "centred")
                          for tau in ("right", "wrong"))] for name in POLICIES for k in PAIRS])
     tables += ["", *claims.table("policy | oracle score, held out | KL (nats)", [
@@ -200,11 +201,12 @@ def answer(seeds, per_seed):
             claims.draw(panels[0], x, [behaviour(k, group, place) for place in PLACES], fmt=f"o{line}",
                         color=f"C{i}", label=f"K = {k}, {group}")
     panels[0].set_xticks(range(len(PLACES)), PLACES)
-    claims.label(panels[0], f"Behaviour policies (seeds: {len(seeds)})", "token of the answer", "squared error")
+    claims.label(panels[0], f"Behaviour policies (seeds: {len(seeds)})", "token of answer", "squared error")
     for panel, what in zip(panels[1:], ("error", "bias")):
         for i, (name, tau) in enumerate((name, tau) for name in POLICIES for tau in ("right", "wrong")):
-            claims.draw(panel, [k + 0.06 * (i - 1.5) for k in PAIRS], [model(k, name, tau, what) for k in PAIRS],
-                        fmt="o-" if tau == "right" else "o--", color=f"C{i // 2}", label=f"{name}, {tau} tau")
+            x = [k + 0.06 * (i - 1.5) for k in PAIRS]
+            claims.draw(panel, x, [model(k, name, tau, what) for k in PAIRS], color=f"C{i // 2}",
+                        fmt="o-" if tau == "right" else "o--", label=f"{name}, {tau} tau")
         panel.set_xticks(PAIRS)
         claims.label(panel, f"Language models (seeds: {len(seeds)})", "K, pairs in tau",
                      "squared error" if what == "error" else "bias: value minus truth")

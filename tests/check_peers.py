@@ -20,11 +20,12 @@ import train_dvpo
 from baselines import dpo, grpo, ppo, remax, reward_model
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+ALONE = SimpleNamespace(reduce=lambda total: total)           # one process
 
 
 @pytest.fixture(params=range(3))
 def batch(request):
-    """is_response (B, T), its float form, and draws of a shape, in float32. Responses end before the row does."""
+    """is_response (B, L), its float form, and draws of a shape, in float32. Responses end before the row does."""
     generator = torch.Generator().manual_seed(request.param)
     start = torch.randint(1, 4, (6, 1), generator=generator)
     end = start + torch.randint(1, 12, (6, 1), generator=generator)
@@ -44,15 +45,14 @@ def test_whitening(batch):
     """trl and verl divide by the sample's deviation (n - 1), we by the batch's (n), as OpenRLHF does."""
     is_response, mask, draw = batch
     x, n = draw(), is_response.sum()
-    ours = train_dvpo.whiten(x, is_response) * ((n - 1) / n).sqrt()
+    ours = train_dvpo.whiten(x, is_response, ALONE) * ((n - 1) / n).sqrt()
     torch.testing.assert_close(ours, torch.where(is_response, masked_whiten(x, is_response), 0.0), **CLOSE)
-    torch.testing.assert_close(masked_var(train_dvpo.whiten(x, is_response), is_response), n / (n - 1), **CLOSE)
+    torch.testing.assert_close(masked_var(train_dvpo.whiten(x, is_response, ALONE), is_response), n / (n - 1), **CLOSE)
 
 
 def says(logits):
     """A model whose logits are these."""
-    return SimpleNamespace(base_model=lambda **_: SimpleNamespace(last_hidden_state=logits),
-                           get_output_embeddings=lambda: torch.nn.Identity())
+    return lambda **_: SimpleNamespace(logits=logits)
 
 
 def test_log_probabilities(batch):
@@ -71,7 +71,7 @@ def test_gae(batch, gamma, gae_lambda):
     whitened, returns = verl.compute_gae_advantage_return(reward, value, mask, gamma, gae_lambda)
     torch.testing.assert_close((ours + value) * mask, returns * mask, **CLOSE)
     n = is_response.sum()
-    torch.testing.assert_close(ppo.whiten(ours, is_response) * ((n - 1) / n).sqrt(), whitened * mask, **CLOSE)
+    torch.testing.assert_close(ppo.whiten(ours, is_response, ALONE) * ((n - 1) / n).sqrt(), whitened * mask, **CLOSE)
 
 
 def test_value_loss(batch):
@@ -127,7 +127,7 @@ def test_grpo_advantage(batch, divide):
     """The constant beside the deviation: ours and trl's 1e-4, verl's 1e-6; given ours, the same numbers."""
     is_response, mask, draw = batch
     score = draw(6)
-    reward = train_dvpo.last_token(is_response) * score[:, None]
+    reward = train_dvpo.is_last_token(is_response) * score[:, None]
     theirs, _ = verl.compute_grpo_outcome_advantage(reward, mask, np.array([0, 0, 0, 1, 1, 1]), epsilon=1e-4,
                                                     norm_adv_by_std_in_grpo=divide)
     torch.testing.assert_close(grpo.group_advantage(score, 3, divide)[:, None] * mask, theirs, **CLOSE)
@@ -138,7 +138,7 @@ def test_grpo_advantage(batch, divide):
 def test_loss_means(batch, ours, theirs):
     is_response, mask, draw = batch
     x = draw() * mask
-    a = grpo.loss_mean(x, is_response, ours, len(x), is_response.sum(), 16)
+    a = grpo.loss_mean(x, is_response, ours, is_response.sum() / len(x), 16)
     torch.testing.assert_close(a, verl.agg_loss(x, mask, theirs, loss_scale_factor=16), **CLOSE)
 
 
@@ -146,7 +146,7 @@ def test_remax_advantage(batch):
     """verl adds the KL rewards from the token on, we (and the original) the token's own; the same without a penalty."""
     is_response, mask, draw = batch
     score, greedy, reward_kl = draw(6), draw(6), draw() * mask
-    reward = train_dvpo.last_token(is_response) * score[:, None]
+    reward = train_dvpo.is_last_token(is_response) * score[:, None]
     theirs, _ = verl.compute_remax_outcome_advantage(reward, greedy, mask)
     torch.testing.assert_close(remax.remax_advantage(score, greedy, 0 * reward_kl, is_response), theirs * mask, **CLOSE)
     theirs, _ = verl.compute_remax_outcome_advantage(reward + reward_kl, greedy, mask)

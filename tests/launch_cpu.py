@@ -1,4 +1,4 @@
-"""accelerate launch ... tests/launch_cpu.py script.py --flags: runs a script on several CPU processes.
+"""accelerate launch ... tests/launch_cpu.py script.py --flags [-- another.py --flags ...]: scripts on several CPU processes.
 
 Prints the number of processes and the engine (accelerate can fall back to another without a word), and leaves without
 the interpreter's tear-down, in which DDP on gloo sometimes aborts after all the work is done.
@@ -25,6 +25,7 @@ def same_rollouts(real):
 
 def main():
     from accelerate import Accelerator, PartialState
+    from accelerate.state import AcceleratorState
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False         # else 45 s of C++ are compiled
@@ -42,12 +43,19 @@ def main():
         self.print(f"engine: {self.distributed_type.value}")
 
     Accelerator.__init__ = told
-    sys.argv = sys.argv[1:]
+    PartialState.destroy_process_group = lambda self, group=None: None         # the next script needs it
     sys.path.insert(0, os.getcwd())
-    script = importlib.import_module(sys.argv[0].removesuffix(".py").replace("/", "."))
-    if os.environ.get("SAME_ROLLOUTS") and hasattr(script, "rollout"):
-        script.rollout = same_rollouts(script.rollout)
-    script.main(script.parse_args(script.Args, sys.argv[1:]))
+    words = sys.argv[1:]
+    while words:
+        end = words.index("--") if "--" in words else len(words)
+        sys.argv, words = words[:end], words[end + 1:]
+        script = importlib.import_module(sys.argv[0].removesuffix(".py").replace("/", "."))
+        if os.environ.get("SAME_ROLLOUTS") and hasattr(script, "rollout"):
+            script.rollout = same_rollouts(script.rollout)
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and hasattr(script, "ActorCritic"):
+            script.MAX_GRAD_NORM = 1000.0                      # it clips PPO's two models together, which we do apart
+        script.main(script.parse_args(script.Args, sys.argv[1:]))
+        AcceleratorState._reset_state()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,5 +1,4 @@
 """recipes/: the paper's settings are Appendix C's and fit their scripts; accelerate reads its files; two machines are one run."""
-import importlib
 import os
 import re
 import socket
@@ -8,10 +7,10 @@ import sys
 
 import pytest
 import yaml
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ROOT, read_lines
-
-import train_gvm
+from conftest import ROOT, SCRIPTS, fails, read_lines
+from test_docs import module_of
 
 PAPER = sorted((ROOT / "recipes").glob("paper_*.yaml"))
 RL = {"lr": 2e-6, "max_response_length": 1024, "kl_coef": 0.05}
@@ -27,24 +26,19 @@ APPENDIX_C = {
     "dpo": {"lr": 2e-6, "batch_size": 8},
     "reward_model": {"lr": 2e-5, "epochs": 2, "batch_size": 4},
 }
-BASELINES = ("reward_model", "ppo", "grpo", "remax", "dpo")
 # What has to be changed on the paper's 8 GPUs: the recipes' own comment.
-ON_8 = {"train_dvpo": {"mini_batch_size": 8}, "ppo": {"mini_batch_size": 8}, "grpo": {"mini_batch_size": 40},
-        "reward_model": {"batch_size": 8}}
+ON_8 = {"train_dvpo": ("mini_batch_size", 8), "ppo": ("mini_batch_size", 8), "grpo": ("mini_batch_size", 40), "reward_model": ("batch_size", 8)}
 
 
-def script(section):
-    return importlib.import_module(f"baselines.{section}" if section in BASELINES else section)
+def module(section):
+    return module_of({"label_rollouts": "data/label_rollouts.py"}.get(section) or next(
+        path for path in SCRIPTS.values() if path.endswith(f"{section}.py")))
 
 
 def parsed(recipe, section, monkeypatch, *flags):
     """The Args of a stage, read from the recipe as the stage reads them."""
     monkeypatch.setattr(sys, "argv", [f"{section}.py"])
-    return script(section).parse_args(script(section).Args, [str(recipe), *flags])
-
-
-def steps_on(processes, args, section):
-    return script(section).accumulation_steps(args, processes)
+    return module(section).parse_args(module(section).Args, [str(recipe), *flags])
 
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
@@ -54,44 +48,35 @@ def test_every_section_is_read_by_its_script_and_is_appendix_c(recipe, monkeypat
     assert set(sections) == {*APPENDIX_C, first} - ({"sft"} if first != "sft" else set())
     for section, settings in sections.items():
         args = parsed(recipe, section, monkeypatch)
-        script(section).check_numbers(args)
         assert settings and {name: getattr(args, name) for name in settings} == (
             settings | ({"models": [settings["models"]]} if "models" in settings else {}))
         expected = APPENDIX_C.get(section, {})
         assert {name: getattr(args, name) for name in expected} == expected, section
-    # The baselines get "the same hyperparameter settings", also those that Appendix C leaves open.
-    for section in ("ppo", "grpo", "remax"):
-        open_ones = ("max_prompt_length", "steps")
-        assert [sections[section][name] for name in open_ones] == [sections["train_dvpo"][name] for name in open_ones]
-
-
-def test_a_base_model_is_named_once_and_an_instruct_model_everywhere():
-    for recipe in PAPER:
-        sections = yaml.safe_load(recipe.read_text())
-        names = [settings.get("model", settings.get("models")) for settings in sections.values()]
-        if "base" in recipe.stem:                             # the later stages start from the output of sft.py
-            assert [section for section, name in zip(sections, names) if name] == ["sft"]
-        else:
-            assert len(set(names)) == 1 and None not in names
-    models = [next(name for name in map(lambda s: s.get("model"), yaml.safe_load(r.read_text()).values()) if name) for r in PAPER]
-    assert models == ["meta-llama/Llama-3.2-3B", "meta-llama/Meta-Llama-3-8B", "meta-llama/Meta-Llama-3-8B-Instruct",
-                      "mistralai/Mistral-7B-Instruct-v0.2"]
+    assert {"advantage", "whiten"} <= set(sections["train_dvpo"]) and "td_lambda" in sections["train_gvm"]    # said, not left to defaults
+    for section in ("ppo", "grpo", "remax"):                   # "the same hyperparameter settings", also what Appendix C leaves open
+        assert [sections[section][name] == sections["train_dvpo"][name] for name in ("max_prompt_length", "steps")] == [True, True]
+    named = [settings.get("model", settings.get("models")) for settings in sections.values()]
+    if first == "sft":                                         # the later stages start from the output of sft.py
+        assert [section for section, name in zip(sections, named) if name] == ["sft"]
+    else:
+        assert len(set(named)) == 1 and None not in named
 
 
 @pytest.mark.parametrize("recipe", PAPER, ids=lambda path: path.stem)
-@pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_the_sizes_fit_the_processes_that_the_comment_names(recipe, processes, monkeypatch):
-    for section in set(yaml.safe_load(recipe.read_text())) - {"label_rollouts"}:
-        change = ON_8.get(section, {}) if processes == 8 else {}
-        args = parsed(recipe, section, monkeypatch)
-        total = getattr(args, "mini_batch_size", args.batch_size)
-        if change:
-            with pytest.raises(SystemExit, match=r"error: --(mini_)?batch_size \d+ .*8"):
-                steps_on(8, args, section)
-            (flag, total), = change.items()
-            args = parsed(recipe, section, monkeypatch, f"--{flag}", str(total))
-            assert f"{section}" in recipe.read_text() and f"--{flag} {total}" in recipe.read_text()
-        assert steps_on(processes, args, section) * args.micro_batch_size * processes == total
+def test_the_sizes_fit_the_processes_that_the_comment_names(recipe, monkeypatch):
+    text = recipe.read_text()
+    for section in set(yaml.safe_load(text)) - {"label_rollouts"}:
+        for processes in (1, 2, 4, 8):
+            monkeypatch.setattr(Accelerator, "num_processes", processes)
+            args, start = parsed(recipe, section, monkeypatch), module(section).start_accelerator
+            if processes == 8 and section in ON_8:
+                fails(lambda: start(args, getattr(args, "mini_batch_size", args.batch_size)), "do not divide into 8 processes")
+                flag, total = ON_8[section]
+                args = parsed(recipe, section, monkeypatch, f"--{flag}", str(total))
+                assert re.search(rf"{section}[\w, ]*: --{flag} {total}", text)
+            total = getattr(args, "mini_batch_size", args.batch_size)
+            accelerator, micro = start(args, total)
+            assert micro * accelerator.gradient_accumulation_steps * processes == total
 
 
 def free_port():
@@ -100,47 +85,31 @@ def free_port():
         return free.getsockname()[1]
 
 
-ENGINES = {"ddp": ("MULTI_GPU", 8, {}),
-           "multinode": ("MULTI_GPU", 16, {}),
-           "zero1": ("DEEPSPEED", 8, {"zero_stage": 1}),
-           "zero2": ("DEEPSPEED", 8, {"zero_stage": 2}),
-           "zero3": ("DEEPSPEED", 8, {"zero_stage": 3, "zero3_init_flag": False, "zero3_save_16bit_model": True}),
-           "fsdp2": ("FSDP", 8, {"fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
-                                 "fsdp_reshard_after_forward": True, "fsdp_state_dict_type": "FULL_STATE_DICT",
-                                 "fsdp_cpu_ram_efficient_loading": False})}
+ENGINES = {"ddp": ("MULTI_GPU", 8, {}), "multinode": ("MULTI_GPU", 16, {}),
+           "zero1": ("DEEPSPEED", 8, {"zero_stage": 1}), "zero2": ("DEEPSPEED", 8, {"zero_stage": 2}),
+           "zero3": ("DEEPSPEED", 8, {"zero_stage": 3, "zero3_init_flag": False, "zero3_save_16bit_model": True})}
 
 
-def test_there_is_a_file_for_every_engine():
-    assert {path.stem for path in (ROOT / "recipes").glob("accelerate_*.yaml")} == {f"accelerate_{name}" for name in ENGINES}
-
-
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", sorted(path.stem.removeprefix("accelerate_") for path in (ROOT / "recipes").glob("accelerate_*.yaml")))
 def test_accelerate_reads_its_files(name, monkeypatch):
     """Its own loader refuses unknown keys; its own launcher makes of the file what is meant."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    file = str(ROOT / "recipes" / f"accelerate_{name}.yaml")
-    kind, processes, engine = ENGINES[name]
+    file, (kind, processes, engine) = str(ROOT / "recipes" / f"accelerate_{name}.yaml"), ENGINES[name]
     config = load_config_from_file(file)
     assert (config.distributed_type.value, config.num_processes, config.mixed_precision, config.use_cpu) == (kind, processes, "bf16", False)
-    section = config.deepspeed_config if kind == "DEEPSPEED" else config.fsdp_config
+    section = config.deepspeed_config
     assert engine.items() <= section.items() and bool(engine) == bool(section)
     assert all(value == "none" for key, value in section.items() if "offload" in key)
-
+    assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(section)                         # the scripts set these
     args = launch_command_parser().parse_args(["--config_file", file, "--main_process_port", str(free_port()), "train_gvm.py"])
     args, defaults, _ = _validate_launch_command(args)
     args.deepspeed_fields_from_accelerate_config = ",".join([*defaults.deepspeed_config, "mixed_precision"])   # as it does
     environment = prepare_deepspeed_cmd_env(args)[1] if kind == "DEEPSPEED" else prepare_multi_gpu_env(args)
     assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
-    assert (environment.get("ACCELERATE_USE_DEEPSPEED"), environment.get("ACCELERATE_USE_FSDP")) == {
-        "MULTI_GPU": (None, None), "DEEPSPEED": ("true", None), "FSDP": (None, "true")}[kind]
-    if kind == "DEEPSPEED":
-        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == str(engine["zero_stage"])
-        for ours in ("GRADIENT_ACCUMULATION_STEPS", "GRADIENT_CLIPPING"):       # the scripts set these
-            assert ours.lower() not in section
-    if kind == "FSDP":
-        assert environment["FSDP_VERSION"] == "2" and environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    assert environment.get("ACCELERATE_USE_DEEPSPEED") == ("true" if engine else None)
+    assert environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == (str(engine["zero_stage"]) if engine else None)
 
 
 def two_machines(port):
@@ -151,26 +120,22 @@ def two_machines(port):
     return [[{"$RANK": rank, "29500": str(port)}.get(word, word) for word in words] for rank in "01"]
 
 
-def test_two_machines_on_one_computer_are_one_run(gvm_args, tmp_path):
+def test_two_machines_on_one_computer_are_one_run(args, tmp_path):
     """One process each, on loopback: the losses of one process with the whole batch."""
-    settings = ["--model", gvm_args.model, "--data", gvm_args.data, "--epochs", "1", "--batch_size", "16", "--micro_batch_size", "8",
-                "--log_every", "2"]
-    launches = [subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *words,
-                                  *settings, "--output", tmp_path / "two"], cwd=ROOT, stdout=subprocess.PIPE,
+    given = vars(args("gvm", output=tmp_path / "two"))
+    flags = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    launches = [subprocess.Popen([sys.executable, "-m", "accelerate.commands.launch", *words, *flags], cwd=ROOT, stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE, text=True, env=os.environ) for words in two_machines(free_port())]
     try:
-        train_gvm.main(train_gvm.Args(model=gvm_args.model, data=gvm_args.data, output=str(tmp_path / "one"), epochs=1, batch_size=16,
-                                      micro_batch_size=8, log_every=2))
-        said = [process.communicate(timeout=60) for process in launches]
+        module("train_gvm").main(args("gvm", output=tmp_path / "one"))
+        said = [process.communicate(timeout=120) for process in launches]
     finally:
         for process in launches:
             process.kill()
     assert [process.returncode for process in launches] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
-    assert "--num_processes 2" in (tmp_path / "two" / "README.md").read_text()           # accelerate can fall back in silence
     one, two = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-4)
-    assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-3)
-    assert len(one) > 2
+    assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-3, abs=1e-4) and len(one) > 2
+    assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-2)
 
 
 def test_the_memory_table_is_the_formula():
