@@ -252,7 +252,7 @@ def run(doc, run_seed, answer):
     seeds = over_seeds(run_seed, args)
     name = Path(run_seed.__code__.co_filename).stem
     report(name, args, doc, seeds, *answer(seeds, partial(per_seed, seeds)))
-    print(f"{time.time() - started:.0f} s")
+    print(Path(args.output, f"{name}.md").read_text(encoding="utf-8"), f"{time.time() - started:.0f} s")
 
 
 def over_seeds(run_seed, args, *more):
@@ -330,16 +330,15 @@ def label(panel, title, x, y, **legend):
 
 def commit():
     """The commit that is checked out, with a + if files differ from it."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    git = "git describe --always --dirty=+ 2>/dev/null || echo unknown"
+    return subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def write_result(folder, name, numbers, lines):
-    """NAME.json and NAME.md, which is printed, too."""
+    """NAME.json and NAME.md."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     Path(folder, f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     Path(folder, f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
 
 
 def report(name, args, doc, seeds, claims, tables, finding, picture):

@@ -75,8 +75,8 @@ def policy_gradients(policy, places, values):
     """For each row of values (K, N) the policy gradient, (K, parameters); and the N norms of grad log pi.
 
     places  N of (prompt ids, response ids up to and with a_t)
-    A constant b in Q - b leaves the expected gradient alone: sum_a pi(a|s) grad log pi(a|s) = grad 1 = 0. In a
-    finite sample it does not vanish, and would drown what Q says of the actions.
+    A constant b in Q - b leaves the expected gradient alone: sum_a pi(a|s) grad log pi(a|s) = grad 1 = 0. In
+    a finite sample it does not vanish, and would drown what Q says of the actions.
     """
     parameters = list(policy.parameters())
     weights = (values - values.mean(1, keepdim=True)) / values.shape[1]                  # (K, N)
@@ -107,7 +107,7 @@ def own_answers(policy, tokenizer, start, count):
 
 
 def run_seed(folder, seed, scale):
-    """{share: {"epsilon_R", value: {its errors; norm, gap and cosines of its gradient}}, "truth": {its error}}."""
+    """{share: {"epsilon_R", value: {errors; norm, gap and cosines of its gradient}}, "truth"}."""
     sft, start, _ = claims.base(folder, seed, scale)
     (policy, tokenizer), rng = claims.load_policy(sft), random.Random(seed)
     known, held_out = (claims.read_lines(start["data"] / f"{name}.jsonl")[:KNOWN]
@@ -119,7 +119,7 @@ def run_seed(folder, seed, scale):
     torch.manual_seed(seed)
     prompts = claims.prompts_of(start)[:max(2, round(scale * PROMPTS))]
     said = claims.answers(policy, tokenizer, prompts)
-    places = [(row, count) for row, (_, response) in enumerate(said)           # tokens read; not the last, END
+    places = [(row, count) for row, (_, response) in enumerate(said)           # count: tokens read, not all
               for count in rng.sample(range(1, len(response)), min(PLACES, len(response) - 1))]
     prefixes = [(said[row][0], said[row][1][:count]) for row, count in places]
     completed = claims.completions(policy, prefixes, max(4, round(scale * COMPLETIONS)))
@@ -155,7 +155,7 @@ def run_seed(folder, seed, scale):
         line = linear_regression(last_values(gvm, known_ids), known)
         values[share, "GVM"] = on_line(line, at_places(claims.token_values(gvm, said)))
 
-        # The backup shares the truth's completions, and most of its luck: its noise is that of R - r, not of r.
+        # The backup shares the truth's completions, and most of its luck: its noise is that of R - r.
         paired = [variance(minus(*both)) / len(both[0]) for both in zip(believed, true)]
         for key in [key for key in values if key[0] == share]:
             found[share][key[1]] = error(minus(values[key], truth), paired if key[1] == "backup" else noise)
@@ -174,7 +174,7 @@ def run_seed(folder, seed, scale):
                               "rms error of a constant": error([q - average for q in truth], noise)["rms"],
                               "norm": gradient["truth"].norm().item(),
                               "norm, shuffled": gradient["shuffled truth"].norm().item(),
-                              "mean norm of grad log pi": norm["max"], "rms norm of grad log pi": norm["rms"]}}
+                              "norm of grad log pi, mean": norm["max"], "the same, rms": norm["rms"]}}
 
 
 # ---- 4. The answer ----
@@ -215,8 +215,8 @@ def answer(seeds, per_seed):
                f"{gaps[every]:.3f} with all, the lemma's bound {loose['max']:.0f} times as large as the gap "
                f"(median); with all pairs their cosine is {cosine:.2f}, and that with the true gradient "
                f"{mean(own):.2f} for the GVM and {critic:.2f} for the critic.")
-    tables = ["The truth. The shuffled norm is this sample's noise. The noise of the truth lowers its cosines with "
-              "critic and GVM alike; less so with the backup, which shares the completions.", ""]
+    tables = ["The truth. The shuffled norm is this sample's noise. The noise of the truth lowers cosines with "
+              "it, of critic and GVM alike; less so of the backup, which shares the completions.", ""]
     tables += claims.table("of the truth | ", [[key, per_seed("truth", key)] for key in per_seed("truth")[0]])
     tables += ["", *claims.table("pairs | epsilon_R: rms | largest", [
         [share, *(per_seed(share, "epsilon_R", key) for key in ("rms", "max"))] for share in SHARES]), ""]
@@ -234,8 +234,9 @@ def answer(seeds, per_seed):
             (right, "critic", "bound, rms", "tab:orange", "--", "bound, critic and GVM (rms)"),
             *((right, name, "gap", COLOURS[name], "-", f"gap, {name} and GVM") for name in DERIVED),
             (right, "GVM", "norm", "tab:blue", "-", "the GVM's gradient itself")):
-        claims.draw(panel, [float(share) for share in SHARES], [per_seed(share, name, key) for share in SHARES],
-                    marker="o", color=colour, linestyle=line, label=words)
+        values = [per_seed(share, name, key) for share in SHARES]
+        claims.draw(panel, [float(share) for share in SHARES], values, marker="o", color=colour,
+                    linestyle=line, label=words)
     claims.label(left, f"Errors against the truth ({len(seeds)} seeds)", "share of the pairs", "error (rms)")
     claims.label(right, f"Policy gradients and bounds ({len(seeds)} seeds)", "share of the pairs", "norm")
     right.set_yscale("log")

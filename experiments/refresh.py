@@ -102,7 +102,7 @@ def value_error(policy_folder, gvm_folder, prompts, seed):
 
 
 def run_seed(folder, seed, scale):
-    """{run: {"score", "nats", "length" on held-out prompts, "labels", "curve", and value_error of its GVM}}."""
+    """{run: {"score", "nats", "length" on held-out prompts, "labels", "curve", value_error of its GVM}}."""
     sft, start, online = claims.base(folder, seed, scale)
     gvm = claims.train_gvm(folder / "gvm", sft, start)
     reward_model = claims.train_reward_model(folder / "reward_model", sft, start)

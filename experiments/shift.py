@@ -32,11 +32,11 @@ from claims import cell, claim, minus, verdict
 
 ROWS = 3000                                                   # of training data for each of the three GVMs
 PREFIXES, BY_PROGRAM, BY_MODEL = 120, 200, 16                 # prefixes per policy; completions of each
-STRANGER = atlas.Behaviour(right=.5, full=.5, extra=1, extra_right=.5, polite=0, rude=1, ramble=.6, closing=.9)
+STRANGER = atlas.Behaviour(.5, .5, extra=1, extra_right=.5, polite=0, rude=1, ramble=.6, closing=.9)
 SORTS = {"kind": "an unseen kind of question", "countries": "unseen countries"}
 
 
-# ---- 1. Truth at random prefixes: [((prompt ids, response ids), tokens read, true Q, its squared error)] ----
+# ---- 1. Truth at random prefixes: [((prompt ids, response ids), tokens read, true Q, squared error)] ----
 def of_program(policy, rows, tokenizer, n, rng):
     """At one random prefix of each {"prompt", "response"}, from no token (V(s_1)) to all (the reward)."""
     points = []

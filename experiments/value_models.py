@@ -1,31 +1,27 @@
 """Who knows best which answer is better: the GVM, the scalar reward model, or PPO's critic?
 
-Hypothesis  The GVM ranks answers as well as the reward model trained on the same data (Table 3), and better than
-            PPO's critic (Table 4: +7 points), also answers and questions unlike those of training (Table 5). Its
-            token values are nearer to the true Q than the critic's, which learns from a reward model and few
-            rollouts.
+Hypothesis  The GVM ranks answers as well as the reward model trained on the same data (Table 3), and better
+            than PPO's critic (Table 4: +7 points), also answers and questions unlike those of training (Table
+            5). Its token values are nearer to the true Q than the critic's, which learns from a reward model
+            and few rollouts.
 Method      The models of experiments/compare.py: GVM of scores, GVM of pairs (+1/-1), reward model, and the
-            critic that PPO ends with, started from that reward model. Three sets of held-out pairs: Atlas's own;
-            the trained policies' answers to the same questions (a shift of the answers); Atlas's own with words
-            in front of every question (a shift of the questions). An answer's score is an aggregate of its token
-            values. The critic says V(s_t), the value before a token: it has none for the last, END.
-            Against the true Q of the behaviour policy that wrote the answer (atlas.true_value): mean squared
-            error at the first, middle and last token. Reward model and critic have no scale of their own, so
-            every model's values are first mapped by the straight line that best predicts the rewards of 1,000
-            training answers from the last token's values. What the Monte Carlo error of the truth adds is taken
-            off. (The critic learned the values of PPO's own policy, KL costs included: its error here says how
-            far those are from the truth about the data, not how well it learned.)
-Command     python experiments/value_models.py --seeds 11 12 13 14 15    (after compare.py; 5 minutes on two cores)
+            critic that PPO ends with, started from that reward model. Three sets of held-out pairs: Atlas's
+            own; the trained policies' answers to the same questions (a shift of the answers); Atlas's own
+            with words in front of every question (a shift of the questions). An answer's score is an
+            aggregate of its token values. The critic says V(s_t), the value before a token: at the last, END,
+            it has none. Against the true Q of the behaviour policy that wrote the answer: mean squared error
+            at the first, middle and last token, without what the truth's Monte Carlo error adds. Reward model
+            and critic have no scale of their own, so every model's values are first mapped by the straight
+            line that best predicts the rewards of 1,000 training answers from the last token's values. (The
+            critic learned the values of PPO's own policy, KL costs included: its error here says how far
+            those are from the truth about the data, not how well it learned.)
+Command     python experiments/value_models.py --seeds 11 12 13 14 15    (after compare.py)
 Result      experiments/results/value_models.json and .md
 """
 import argparse
-import json
-import platform
 import random
-import statistics
-import subprocess
-import time
 from pathlib import Path
+from statistics import linear_regression, mean
 
 import claims                                                 # first: it finds the project's root
 import evaluate
@@ -36,19 +32,18 @@ MODELS = {"GVM": "gvm", "GVM, pairs": "gvm_pairs", "ScalarRM": "reward_model", "
 AGGREGATES = ("mean", "last", "p1", "p5", "p10", "p90", "p95", "p99")
 PLACES = ("first", "middle", "before last", "last")
 IN_FRONT = "I have a question before my trip. "
-TRUTHS, COMPLETIONS = 400, 200                                # answers with a known truth, and completions for each
+TRUTHS, COMPLETIONS = 400, 200                                # answers with a known truth; completions of each
 
 
 def pairs_of_policies(folder, rng):
     """Pairs of answers that the trained policies gave to the same held-out question, the better one first."""
-    by_prompt = {}
+    by_prompt, pairs = {}, []
     for row in read_lines(folder / "eval" / "answers.jsonl"):
         by_prompt.setdefault(row["prompt"], []).append(row)
-    pairs = []
     for prompt, rows in by_prompt.items():
-        for a, b in (rng.sample(rows, 2) for _ in range(10)):
-            if a["score"] != b["score"] and a["response"] and b["response"]:
-                better, worse = (a, b) if a["score"] > b["score"] else (b, a)
+        for _ in range(10):
+            worse, better = sorted(rng.sample(rows, 2), key=lambda row: row["score"])
+            if better["score"] > worse["score"] and better["response"] and worse["response"]:
                 pairs.append({"prompt": prompt, "chosen": better["response"], "rejected": worse["response"]})
     return pairs
 
@@ -62,15 +57,14 @@ def accuracies(values):
 
 
 def run_seed(folder):
-    """Everything of one seed: {model: {"pairs": {set: {aggregate: accuracy}}, "mse": {place: error}}}."""
+    """{model: {"pairs": {set: {aggregate: accuracy}}, "mse": {place: error}}} of one seed."""
     (_, tokenizer), rng = claims.load_policy(folder / "sft"), random.Random(0)
     own = read_lines(folder / "data" / "test_pairs.jsonl")
     sets = {"own": own, "answers of trained policies": pairs_of_policies(folder, rng),
             "words in front of the question": [row | {"prompt": IN_FRONT + row["prompt"]} for row in own]}
-    train = random.Random(0).sample(read_lines(folder / "data" / "scored.jsonl"), 1000)
-    rewards = [row["reward"] for row in train]
-    known = random.Random(0).sample(read_lines(folder / "data" / "test_scored.jsonl"), TRUTHS)
-    truths = []                                               # [(row of known, place, tokens read, true Q, its error)]
+    train = rng.sample(read_lines(folder / "data" / "scored.jsonl"), 1000)
+    known, rewards = read_lines(folder / "data" / "test_scored.jsonl"), [row["reward"] for row in train]
+    known, truths = rng.sample(known, TRUTHS), []             # (row of known, place, tokens read, true Q, its error)
     for i, row in enumerate(known):
         said = evaluate.encode_response(tokenizer, row["response"])
         for place, count in zip(PLACES, (1, len(said) // 2, len(said) - 1, len(said))):
@@ -78,26 +72,24 @@ def run_seed(folder):
             if truth:
                 truths.append((i, place, count, *truth))
 
-    results = {}
-    for name, model in MODELS.items():
-        def values(rows, *sides):
-            """[(values of the response's tokens), ...]; a critic's without the last token's."""
-            sequences = [claims.sequence(tokenizer, row["prompt"], row[side]) for row in rows for side in sides]
-            lines = claims.token_values(folder / model, sequences, tokenizer.pad_token_id)
-            return [line[1:-1] if name == "PPO's critic" else line[1:] for line in lines]
+    def values(name, rows, *sides):
+        """The values at the response's tokens, [[Q_1, ...], ...]; a critic's without the last token's."""
+        lines = claims.token_values(folder / MODELS[name], claims.sequences(tokenizer, rows, *sides))
+        return [line[1:-1] if name == "PPO's critic" else line[1:] for line in lines]
 
-        line = statistics.linear_regression([v[-1] for v in values(train, "response")], rewards)
-        said, errors = values(known, "response"), {}
+    average = mean(rewards)                                   # what a model would get that always says this
+    results = {"the mean reward": {"mse": {place: mean(
+        (average - truth) ** 2 - variance for _, where, _, truth, variance in truths if where == place)
+        for place in PLACES}}}
+    for name in MODELS:
+        line = linear_regression([v[-1] for v in values(name, train)], rewards)
+        said, errors = values(name, known), {}
         for i, place, count, truth, variance in truths:
             if count <= len(said[i]):
-                error = (line.slope * said[i][count - 1] + line.intercept - truth) ** 2 - variance
-                errors.setdefault(place, []).append(error)
-        results[name] = {"mse": {place: statistics.mean(found) for place, found in errors.items()}, "pairs": {
-            which: accuracies(values(rows, "chosen", "rejected")) for which, rows in sets.items()}}
-    mean = statistics.mean(rewards)                           # what a model would get that always says this
-    results["the mean reward"] = {"mse": {place: statistics.mean(
-        (mean - truth) ** 2 - variance for _, where, _, truth, variance in truths if where == place)
-        for place in PLACES}}
+                error = line.slope * said[i][count - 1] + line.intercept - truth
+                errors.setdefault(place, []).append(error ** 2 - variance)
+        pairs = {which: accuracies(values(name, rows, "chosen", "rejected")) for which, rows in sets.items()}
+        results[name] = {"mse": {place: mean(found) for place, found in errors.items()}, "pairs": pairs}
     return results
 
 
@@ -105,45 +97,36 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
     parser.add_argument("--runs", default="runs/compare", help="the runs of experiments/compare.py")
-    parser.add_argument("--output", default=str(claims.ROOT / "experiments/results"), help="folder for the result")
-    args = parser.parse_args()
-    started, seeds = time.time(), {}
+    parser.add_argument("--output", default=str(claims.ROOT / "experiments/results"), help="for the result")
+    args, seeds = parser.parse_args(), {}
     for seed in args.seeds:
         folder = Path(args.runs) / f"seed{seed}"
         if not (folder / "eval" / "answers.jsonl").exists():
             raise SystemExit(f"error: {folder}: not finished. Run experiments/compare.py first (make compare)")
         seeds[str(seed)] = run_seed(folder)
-        print(f"seed {seed}: {time.time() - started:.0f} s", flush=True)
 
     def per_seed(*keys):
         return claims.per_seed(seeds, *keys)
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=claims.ROOT, capture_output=True, text=True)
     made = f"python experiments/value_models.py --seeds {' '.join(seeds)}"
     lines = ["# Value models: GVM, ScalarRM, PPO's critic", "",
-             f"`{made}`, commit {commit.stdout.strip()}, {platform.machine()}. Mean over the seeds and its 95 % "
-             "interval (Student's t over seeds).", "", "## Pair accuracy on held-out pairs (Tables 3, 4, 5 and 8 in kind)"]
+             f"`{made}`, commit {claims.commit()}. Mean over the seeds and its 95 % interval (Student's t).", "",
+             "## Pair accuracy on held-out pairs (Tables 3, 4, 5 and 8 in kind)"]
     for which in per_seed("GVM", "pairs")[0]:
-        lines += ["", f"### {'Atlas: the distribution of training' if which == 'own' else f'Shifted: {which}'}", "",
-                  *claims.table(f"model | {' | '.join(AGGREGATES)}", [
+        lines += ["", f"### {'Atlas: the distribution of training' if which == 'own' else f'Shifted: {which}'}",
+                  "", *claims.table(f"model | {' | '.join(AGGREGATES)}", [
                       [name, *(per_seed(name, "pairs", which, key) for key in AGGREGATES)] for name in MODELS])]
-    gaps = "; ".join(f"{name} {', '.join(f'{gap:+.3f}' for gap in found)}" for name, found in (
-        (name, claims.minus(*(per_seed(x, "pairs", "own", "mean") for x in (name, "PPO's critic"))))
-        for name in ("GVM", "GVM, pairs")))
-    lines += ["", f"GVM minus PPO's critic, mean value, Atlas's own pairs, seed by seed: {gaps}.", "",
+    gaps = [f"{name} {claims.cell(claims.minus(*(per_seed(x, 'pairs', 'own', 'mean') for x in (name, other))))}"
+            for name in ("GVM", "GVM, pairs") for other in ("PPO's critic",)]
+    lines += ["", f"Minus PPO's critic, mean value, Atlas's own pairs: {'; '.join(gaps)}.", "",
               "## Mean squared error against the true Q", "",
-              f"{TRUTHS} held-out answers per seed; truth by {COMPLETIONS} completions, its Monte Carlo error taken "
-              "off. Every model's values mapped to rewards by one straight line (see the script). The critic has no "
-              "value for the last token: it speaks before a token, and nothing follows END.", "",
-              *claims.table("model | first token | middle token | before the last | last token (END)", [
+              f"{TRUTHS} held-out answers per seed, {COMPLETIONS} completions. The critic has no value for the "
+              "last token: it speaks before a token, and nothing follows END.", "",
+              *claims.table(f"model | {' | '.join(PLACES)}", [
                   [name, *(per_seed(name, "mse", place) if place in per_seed(name, "mse")[0] else ""
                            for place in PLACES)] for name in [*MODELS, "the mean reward"]])]
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "value_models.json").write_text(json.dumps({"command": made, "commit": commit.stdout.strip(),
-                                                          "seeds": seeds}, indent=1) + "\n")
-    (output / "value_models.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines), f"\n{time.time() - started:.0f} s")
+    claims.write_result(args.output, "value_models",
+                        {"command": made, "commit": claims.commit(), "seeds": seeds}, lines)
 
 
 if __name__ == "__main__":

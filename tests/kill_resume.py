@@ -20,48 +20,43 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 ONLINE = "--steps 12 --batch_size 8 --micro_batch_size 2 --max_response_length 12 --model {w}/sft --save_steps {every}"
 PPO = f"--mini_batch_size 4 {ONLINE}"
-OFFLINE = "--log_every 1 --save_steps {every}"
+OFFLINE = "--warmup_steps 2 --save_steps {every}"
 # kills of 25, script, flags
 PLANS = {
-    "sft": (5, "sft.py", f"--model {{w}}/base --epochs 2 --warmup_steps 5 {OFFLINE}"),
-    "gvm": (5, "train_gvm.py", f"--model {{w}}/sft --epochs 1 --eval_every 5 --tau_pairs 1 {OFFLINE}"),
+    "sft": (5, "sft.py", f"--model {{w}}/base --epochs 2 {OFFLINE}"),
+    "gvm": (5, "train_gvm.py", f"--model {{w}}/sft --epochs 1 --tau_pairs 1 {OFFLINE}"),
     "dvpo": (5, "train_dvpo.py", f"--gvm {{w}}/gvm {PPO}"),
     "ppo": (5, "baselines/ppo.py", f"--reward_model {{w}}/reward_model {PPO}"),
-    "reward_model": (2, "baselines/reward_model.py", f"--model {{w}}/sft --epochs 1 --eval_every 5 {OFFLINE}"),
+    "reward_model": (2, "baselines/reward_model.py", f"--model {{w}}/sft --epochs 1 {OFFLINE}"),
     "grpo": (1, "baselines/grpo.py", f"--group_size 4 --reward_model {{w}}/reward_model {PPO}"),
     "remax": (1, "baselines/remax.py", f"--reward_model {{w}}/reward_model {ONLINE}"),
-    "dpo": (1, "baselines/dpo.py", f"--model {{w}}/sft --batch_size 16 --warmup_steps 2 {OFFLINE}"),
+    "dpo": (1, "baselines/dpo.py", f"--model {{w}}/sft --batch_size 16 {OFFLINE}"),
 }
 
 
-def command(name, world, output, every):
+def start(name, world, output, every, *more):
     _, script, flags = PLANS[name]
-    return [sys.executable, str(ROOT / script), *flags.format(w=world, every=every).split(), "--data", f"{world}/data",
-            "--output", str(output)]
-
-
-def start(words):
-    return subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, ROOT / script, *flags.format(w=world, every=every).split(), "--data", world / "data", "--output", output, *more]
+    return subprocess.Popen(list(map(str, words)), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def whole_run(name, world, output):
-    """Runs a script to its end. Returns the seconds from the start of the run folder to the end of its last file."""
-    process, began, ended = start(command(name, world, output, every=1)), None, None
+    """Runs a script to its end. Returns the seconds from the start of the run folder to the end."""
+    process, began = start(name, world, output, 1), None
     while process.poll() is None:
         began = began or ((output / "args.json").exists() and time.time())
-        ended = ended or ((output / "model.safetensors").exists() and time.time())
         time.sleep(0.005)
     if process.returncode:
         sys.exit(f"error: {name}: {process.stderr.read()}")
-    return ended - began
+    return time.time() - began
 
 
 def make_world(folder, scripts):
     """Data and models that the scripts start from, and a whole run of each: {script: its seconds}."""
-    sys.path.insert(0, str(ROOT))
+    sys.path[:0] = [str(ROOT), str(ROOT / "data")]
     import atlas
     atlas.write_base_model(folder / "base", seed=1, hidden_size=32, layers=1)
     atlas.write_data(folder / "data", seed=1)
@@ -70,17 +65,16 @@ def make_world(folder, scripts):
     first = [name for name in ("sft", "reward_model", "gvm")                   # what the others start from
              if name in scripts or any(f"{{w}}/{name}" in PLANS[other][2] for other in scripts)]
     seconds = {name: whole_run(name, folder, folder / name) for name in first}
-    with ThreadPoolExecutor(2) as pool:
-        others = [name for name in scripts if name not in seconds]
-        return seconds | dict(zip(others, pool.map(lambda name: whole_run(name, folder, folder / name), others)))
+    return seconds | {name: whole_run(name, folder, folder / name) for name in scripts if name not in seconds}
 
 
-def wait_for_moment(process, output, kind, every, rng, seconds):
+def wait_for_moment(process, output, kind, rng, seconds):
     """Sleeps until the moment of a kill has come, or the process has ended by itself."""
-    begins = {"any": "args.json", "checkpoint": f"checkpoints/.step_{every * rng.randint(1, 4)}", "end": ".saving"}[kind]
+    begins, most = {"any": ("args.json", seconds), "end": ("README.md", 0.05),
+                    "checkpoint": (f"checkpoints/step_{rng.randint(1, 3) * 2:08d}", 0.3)}[kind]
     while process.poll() is None and not (output / begins).exists():
         time.sleep(0.0005)
-    time.sleep(rng.uniform(0, {"any": seconds, "checkpoint": 0.03, "end": 0.03}[kind]))
+    time.sleep(rng.uniform(0, most))
 
 
 def logs(output):
@@ -99,27 +93,23 @@ def difference(a, b):
 
 
 def kill_and_resume(name, world, number, seed, seconds):
-    """One line of the table: (name, kind of moment, where it was, verdict, is it the same)."""
+    """One line of the table: (name, kind of moment, where it was, verdict)."""
     rng = random.Random(f"{seed} {name} {number}")
-    kind, every, output = rng.choice(["any", "any", "checkpoint", "end"]), rng.choice([1, 1, 2]), world / "killed" / f"{name}_{number}"
-    words = command(name, world, output, every)
-    process = start(words)
-    wait_for_moment(process, output, kind, every, rng, seconds)
-    ended = process.poll() is not None
+    kind, every, output = rng.choice(["any", "any", "checkpoint", "end"]), rng.choice([1, 2]), world / "killed" / f"{name}_{number}"
+    process = start(name, world, output, every)
+    wait_for_moment(process, output, kind, rng, seconds)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    states = [int(path.name[5:]) for path in output.glob("checkpoints/step_*")]
-    left = [path.name for path in output.glob("checkpoints/.step_*")] + [path.name for path in output.glob(".saving")]
+    left = sorted(path.name.removeprefix("step_").lstrip("0") for path in output.glob("checkpoints/*"))
     finished = any(output.glob("*.safetensors"))
-    where = ("ended by itself" if ended else "finished" if finished else f"checkpoint {max(states, default=0)}") + f" {left or ''}"
-    resumed = start([*words, "--resume"])
+    resumed = start(name, world, output, every, "--resume")
     _, errors = resumed.communicate()
-    if finished != ("is finished" in errors) or (resumed.returncode != 0) != finished:
+    if (resumed.returncode != 0) != finished or finished != ("is in use" in errors):
         verdict = f"--resume: {resumed.returncode} {errors.strip().splitlines()[-1:]}"
     else:
         verdict = difference(world / name, output)
     shutil.rmtree(output, ignore_errors=True)
-    return name, kind, where, verdict or "the same"
+    return name, kind, "finished" if finished else f"checkpoints {' '.join(left)}", verdict or "the same"
 
 
 def main():
@@ -134,15 +124,14 @@ def main():
     try:
         seconds = make_world(world, args.scripts)
         jobs = [(name, number) for name in args.scripts for number in range(max(1, round(share * PLANS[name][0])))]
-        print(f"{'script':14}{'moment':12}{'killed at':38}after --resume", flush=True)
-        different = 0
         with ThreadPoolExecutor(args.jobs) as pool:
-            for row in pool.map(lambda job: kill_and_resume(job[0], world, job[1], args.seed, seconds[job[0]]), jobs):
-                print(f"{row[0]:14}{row[1]:12}{row[2]:38}{row[3]}", flush=True)
-                different += row[3] != "the same"
+            rows = list(pool.map(lambda job: kill_and_resume(job[0], world, job[1], args.seed, seconds[job[0]]), jobs))
     finally:
         shutil.rmtree(world, ignore_errors=True)
-    print(f"{len(jobs)} kills, {different} different, {time.time() - began:.0f} s")
+    for row in [("script", "moment", "killed at", "after --resume"), *rows]:
+        print("{:14}{:12}{:30}{}".format(*row))
+    different = sum(row[-1] != "the same" for row in rows)
+    print(f"{len(rows)} kills, {different} different, {time.time() - began:.0f} s")
     sys.exit(1 if different else 0)
 
 

@@ -2,6 +2,7 @@
 import argparse
 import ast
 import json
+import re
 import runpy
 import shutil
 import statistics
@@ -10,13 +11,15 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from transformers import AutoModelForTokenClassification
 
 import atlas
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import claims  # noqa: E402
 
-NAMES = ["equivalence", "credit", "tau", "drift", "advantage", "kl", "scaling", "shift", "refresh", "deviations"]
+NAMES = [*re.search("CLAIMS := (.*)", (ROOT / "Makefile").read_text())[1].split(), "deviations"]
+QUESTION, ANSWER = "Is Japan an island?", "Yes, Japan is an island country."
 
 
 def test_verdict_needs_the_whole_interval_on_one_side():
@@ -27,97 +30,77 @@ def test_verdict_needs_the_whole_interval_on_one_side():
     assert claims.verdict([-0.5, 0.5, 0.0, 1.5, -1.0]) == claims.verdict([3.0]) == "not decided"
 
 
-def test_completions_go_on_from_the_prefix_and_leave_what_has_ended(dvpo_run):
-    policy, tokenizer = claims.load_policy(dvpo_run)
-    prompt, response = claims.sequence(tokenizer, "Is Japan an island?", "Yes, Japan is an island country.")
+def test_completions_go_on_from_the_prefix_and_leave_what_has_ended(runs):
+    policy, tokenizer = claims.load_policy(runs("dvpo"))
+    prompt, response = claims.sequence(tokenizer, QUESTION, ANSWER)
     long = [5] * claims.LONGEST
-    torch.manual_seed(0)
-    done = claims.completions(policy, tokenizer, [(prompt, response), (prompt, response[:3]), (prompt, []), (prompt, long),
-                                                  (prompt, long[1:])], 7)
+    done = claims.completions(policy, [(prompt, response), (prompt, response[:3]), (prompt, []), (prompt, long), (prompt, long[1:])], 7)
     assert done[0] == [response] and done[3] == [long] and [len(rows) for rows in done] == [1, 7, 7, 1, 7]
     assert {len(row) for row in done[4]} == {claims.LONGEST}                    # not longer, though others have room
     assert all(row[:3] == response[:3] and len(row) > 3 for row in done[1])
-    assert len({tuple(row) for row in done[2]}) > 1                             # sampled, not one answer seven times
-
-
-def test_completions_are_those_of_the_policy(dvpo_run):
-    """The share of each first token is what the policy says it is, within four standard errors."""
-    policy, tokenizer = claims.load_policy(dvpo_run)
-    prompt, response = claims.sequence(tokenizer, "Is Japan an island?", "Yes, Japan is an island country.")
-    torch.manual_seed(1)
-    with torch.no_grad():
+    with torch.no_grad():                                      # the share of the likeliest next token is what the policy says
         said = policy(torch.tensor([[*prompt, *response[:2]]])).logits[0, -1].softmax(-1)
-    first = [row[2] for row in claims.completions(policy, tokenizer, [(prompt, response[:2])], 1000)[0]]
+    next_tokens = [row[2] for row in claims.completions(policy, [(prompt, response[:2])], 1000)[0]]
     likely = said.argmax().item()
-    assert first.count(likely) / 1000 == pytest.approx(said[likely].item(), abs=4 * (0.25 / 1000) ** 0.5)
+    assert next_tokens.count(likely) / 1000 == pytest.approx(said[likely].item(), abs=4.5 * (0.25 / 1000) ** 0.5)
 
 
-def test_true_values_of_a_model_are_means_of_the_oracle(dvpo_run):
-    _, tokenizer = claims.load_policy(dvpo_run)
-    good, bad = (claims.sequence(tokenizer, "Is Japan an island?", text)[1] for text in ("Yes, it is.", "No, it is not."))
-    (value, squared_error), (ended, none) = claims.true_values(
-        ["Is Japan an island?"] * 2, tokenizer, [[good, bad, good, bad], [good]])
+def test_true_values_of_a_model_are_means_of_the_oracle(runs):
+    _, tokenizer = claims.load_policy(runs("dvpo"))
+    good, bad = (claims.sequence(tokenizer, QUESTION, text)[1] for text in ("Yes, it is.", "No, it is not."))
+    (value, squared_error), (ended, none) = claims.true_values([QUESTION] * 2, tokenizer, [[good, bad, good, bad], [good]])
     assert value == 0 and squared_error == pytest.approx(statistics.variance([.5, -.5, .5, -.5]) / 4)
     assert (ended, none) == (0.5, 0.0)
 
 
-def test_token_values_begin_at_the_last_prompt_token(gvm_run):
-    """One value more than the response has tokens, in units of the scores, whatever else is in the batch."""
-    from transformers import AutoModelForTokenClassification, AutoTokenizer
-    tokenizer, model = AutoTokenizer.from_pretrained(gvm_run), AutoModelForTokenClassification.from_pretrained(gvm_run).eval()
-    rows = [claims.sequence(tokenizer, prompt, text) for prompt, text in (
-        ("Is Japan an island?", "Yes, it is."), ("What is the capital of Peru?", "The capital of Peru is Lima. I hope that helps!"))]
-    values = claims.token_values(gvm_run, rows, tokenizer.pad_token_id)
-    for (prompt, response), found in zip(rows, values):
-        q = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1:, 0]
-        expected = q * model.config.gvm["reward_std"] + model.config.gvm["reward_mean"]
-        assert found == pytest.approx(expected.tolist(), abs=1e-5) and len(found) == len(response) + 1
+def test_token_values_begin_at_the_last_prompt_token(runs):
+    """One value more than the response has tokens, in units of the scores."""
+    _, tokenizer = claims.load_policy(runs("dvpo"))
+    model = AutoModelForTokenClassification.from_pretrained(runs("gvm")).eval()
+    prompt, response = claims.sequence(tokenizer, QUESTION, ANSWER)
+    (found,) = claims.token_values(runs("gvm"), [(prompt, response)])
+    q = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1:, 0] * model.config.gvm["reward_std"]
+    assert found == pytest.approx((q + model.config.gvm["reward_mean"]).tolist(), abs=1e-5) and len(found) == len(response) + 1
 
 
-def test_a_finished_run_is_made_once_and_another_one_again(tmp_path, world, sft_run):
+def test_a_finished_run_is_made_once_and_another_one_again(tmp_path, world, runs):
     rows = claims.read_lines(world / "data" / "scored.jsonl")
     claims.write_lines(tmp_path / "data" / "scored.jsonl", rows)
-    flags = {"model": sft_run, "data": tmp_path / "data", "epochs": 1, "eval_every": 100}
-    made = claims.train("train_gvm", tmp_path / "gvm", **flags) / "model.safetensors"
-    before = made.stat().st_mtime_ns
-    assert claims.train("train_gvm", tmp_path / "gvm", **flags) == tmp_path / "gvm" and made.stat().st_mtime_ns == before
+    flags, made = {"model": runs("sft"), "data": tmp_path / "data", "epochs": 1}, tmp_path / "gvm" / "model.safetensors"
+
+    def made_again(**more):
+        before = made.stat().st_mtime_ns if made.exists() else 0
+        assert claims.train("train_gvm", tmp_path / "gvm", **flags | more) == tmp_path / "gvm"
+        return made.stat().st_mtime_ns > before
+
+    assert made_again() and not made_again()
     claims.write_lines(tmp_path / "data" / "scored.jsonl", rows)                # the same rows: nothing is new
-    claims.train("train_gvm", tmp_path / "gvm", **flags)
-    assert made.stat().st_mtime_ns == before
+    assert not made_again()
     claims.write_lines(tmp_path / "data" / "scored.jsonl", rows[:64])
-    claims.train("train_gvm", tmp_path / "gvm", **flags)
-    assert made.stat().st_mtime_ns > before                                     # other data, a new run
-    before = made.stat().st_mtime_ns
-    claims.train("train_gvm", tmp_path / "gvm", **flags | {"td_lambda": 0.0})
-    assert made.stat().st_mtime_ns > before and json.loads((tmp_path / "gvm" / "args.json").read_text())["td_lambda"] == 0
-
-
-SCRIPT = """import random
-def run_seed(folder, seed, scale):
-    calls.append(seed)
-    return {"twice": 2 * seed}
-# ---- 2. The answer ----
-"""
+    assert made_again() and made_again(td_lambda=0.0)
+    assert json.loads((tmp_path / "gvm" / "args.json").read_text())["td_lambda"] == 0
 
 
 def test_what_a_seed_has_found_is_kept_until_its_script_changes(tmp_path):
+    text = ('"""What is it?"""\nimport random\n\n\ndef run_seed(folder, seed, scale):\n    calls.append(seed)\n    return {"twice": 2 * seed}\n\n\n'
+            "# ---- 2. The answer ----\n")
+
     def over_seeds(text, scale=0.5):
         (tmp_path / "one.py").write_text(text)
-        script, calls = {}, []
-        exec(compile("\n" + text, tmp_path / "one.py", "exec"), script | {"calls": calls}, script)
-        script["run_seed"].__globals__["calls"] = calls
-        found = claims.over_seeds(script["run_seed"], argparse.Namespace(runs=tmp_path, seeds=[4, 3], jobs=1, scale=scale))
+        names = {"calls": []}
+        exec(compile(text, tmp_path / "one.py", "exec"), names)
+        found = claims.over_seeds(names["run_seed"], argparse.Namespace(runs=tmp_path, seeds=[4, 3], jobs=1, scale=scale))
         assert found == {"4": {"twice": 8}, "3": {"twice": 6}}
-        return calls
+        return names["calls"]
 
     for seed in (3, 4):
         (tmp_path / f"seed{seed}").mkdir()
-    text = "\n" + SCRIPT
+    threads = torch.get_num_threads()
     assert over_seeds(text) == [4, 3] and over_seeds(text) == []
-    assert over_seeds(text + "print()") == []                                  # another report of the same findings
-    assert over_seeds('"""A clearer hypothesis."""' + text) == []
+    assert over_seeds(text + "print()") == [] and over_seeds(text.replace("What is it", "What")) == []   # another report, another question
     assert over_seeds(text.replace("2 * seed", "seed * 2")) == [4, 3]
     assert over_seeds(text.replace("2 * seed", "seed * 2"), scale=1.0) == [4, 3]
+    torch.set_num_threads(threads)
 
 
 def test_experiments_stand_alone_and_say_hypothesis_method_command_result():
@@ -155,6 +138,6 @@ def test_every_experiment_runs_through(name, laboratory, monkeypatch, capsys):
     assert atlas.POLICIES == policies
     result = json.loads((laboratory / "results" / f"{name}.json").read_text())
     assert result["claims"] and all(claim["verdict"] and claim["numbers"] for claim in result["claims"].values())
-    assert result["finding"].endswith(".") and result["seeds"]["21"]
+    assert result["finding"].endswith(".") and result["seeds"]["21"] and "nan" not in result["finding"]
     text = (laboratory / "results" / f"{name}.md").read_text()
-    assert result["finding"] in text and "nan" not in result["finding"] and (laboratory / "results" / f"{name}.png").stat().st_size > 5000
+    assert result["finding"] in text and (laboratory / "results" / f"{name}.png").stat().st_size > 5000
