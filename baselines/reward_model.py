@@ -99,7 +99,7 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
     made; else a language model, which may get a new one. transformers would load either as the other."""
     transformers_logging.set_verbosity_error()                # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
-    made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModel")
+    made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
     if not made_as.endswith(wanted) if trained else "Classification" in made_as:
         fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
     model = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)

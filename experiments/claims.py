@@ -236,21 +236,22 @@ def token_values(folder, sequences):
 
 
 # ---- 3. Seeds ----
+def parser(doc, seeds=(21, 22, 23, 24, 25), runs="runs/claims"):
+    """The command line of all experiments."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds, help="a world each, at most 10")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of data, steps, answers: a trial")
+    parser.add_argument("--runs", default=runs, help="folder for the runs")
+    parser.add_argument("--output", default=str(ROOT / "experiments/results"), help="folder for the result")
+    return parser
+
+
 def run(doc, run_seed, answer):
     """An experiment. run_seed(folder, seed, scale) -> what one seed found; answer(seeds, per_seed) -> claims,
     tables, finding, picture (see report); per_seed("a", "b") is [seed["a"]["b"] for every seed]."""
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23, 24, 25], help="a world each")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds at a time, one thread each")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of data, steps, answers: a trial")
-    parser.add_argument("--runs", default="runs/claims", help="folder for the runs, shared by all")
-    parser.add_argument("--output", default="experiments/results", help="folder for the result")
-    args, started = parser.parse_args(), time.time()
-    if not (len(set(args.seeds)) == len(args.seeds) in (1, *T_95) and 0 < args.scale <= 1):
-        parser.error("--seeds must be 1 to 10 different numbers, and --scale above 0 and at most 1")
-    os.chdir(ROOT)
-    seeds = over_seeds(run_seed, args)
-    name = Path(run_seed.__code__.co_filename).stem
+    args, started = parser(doc).parse_args(), time.time()
+    seeds, name = over_seeds(run_seed, args), Path(run_seed.__code__.co_filename).stem
     report(name, args, doc, seeds, *answer(seeds, partial(per_seed, seeds)))
     print(Path(args.output, f"{name}.md").read_text(encoding="utf-8"), f"{time.time() - started:.0f} s")
 
@@ -258,6 +259,8 @@ def run(doc, run_seed, answer):
 def over_seeds(run_seed, args, *more):
     """{seed: run_seed(folder, seed, scale, *more)}. What a seed found is kept until the arguments change, or
     the script does, up to the section that puts the answer together."""
+    assert len(set(args.seeds)) == len(args.seeds) in (1, *T_95), "--seeds: 1 to 10 different ones"
+    os.chdir(ROOT)
     torch.set_num_threads(1)
     script = Path(run_seed.__code__.co_filename)
     source = script.read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ Method      The scripts' own main() runs, with models of a shape but random weig
             recomputation not counted) by time, against the fastest matrix product on this device. Generation:
             against the time it takes to read weights and key-value cache once per token, at the copying speed
             of this device.
-Command     python experiments/compute.py --shape tiny                     (CPU: about 4 minutes; make compute)
+Command     python experiments/compute.py --shape tiny                    (CPU: about 4 minutes; make compute)
             python experiments/compute.py --shape llama-3.2-1b --prompt_length 1024 --response_length 512 \\
                 --batch_size 16 --mini_batch_size 8 --micro_batch_size 4 --gradient_checkpointing    (80 GB)
             python experiments/compute.py --shape llama-3.2-3b --prompt_length 1024 --response_length 1024 \\
@@ -39,8 +39,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaConfig
 
 METHODS = {"DVPO": "train_dvpo", "PPO": "baselines.ppo", "ReMax": "baselines.remax", "GRPO": "baselines.grpo"}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-         "num_key_value_heads", "tie_word_embeddings")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "head_dim", "num_key_value_heads", "tie_word_embeddings")
 SHAPES = {shape: dict(zip(SIZES, sizes)) for shape, sizes in {
     "tiny": (1024, 128, 384, 3, 4, 32, 4, True),                               # the model of Atlas
     "100m": (32000, 768, 2048, 12, 12, 64, 12, True),
@@ -79,7 +79,7 @@ def answer_length(share, longest):
 
 
 class Ends:
-    """In place of rollout's stop_ids: answers end at these lengths. It is asked for each token, row by row."""
+    """In place of rollout's stop_ids: answers end at these lengths. It is asked for each row's new token."""
 
     def __init__(self, lengths):
         self.left = deque(lengths)
@@ -92,7 +92,7 @@ class Ends:
 
 
 def turn(method, args, folder, device, steps):
-    """Some steps of a method, which reads, writes and samples what is given here. Returns metrics per step."""
+    """Some steps of a method, which reads, writes and samples what it is given here. Returns its metrics."""
     script, rng = importlib.import_module(METHODS[method]), random.Random(args.seed)
     sample = script.rollout
 
@@ -110,9 +110,10 @@ def turn(method, args, folder, device, steps):
     def encode_prompt(tokenizer, prompt):
         return [rng.randrange(10, 500) for _ in range(args.prompt_length)]
 
-    settings = vars(args) | {name: str(folder / name) for name in ("model", "data", "gvm", "reward_model")} | dict(
-        output=str(folder / "run"), overwrite=True, max_prompt_length=args.prompt_length, target_kl=1e9,
-        max_response_length=args.response_length, lr=1e-6, steps=steps, group_size=4)
+    settings = vars(args) | dict(
+        model=str(folder / "model"), data=str(folder / "data"), output=str(folder / "run"), overwrite=True,
+        gvm=str(folder / "gvm"), reward_model=str(folder / "reward_model"), lr=1e-6, target_kl=1e9,
+        steps=steps, group_size=4, max_prompt_length=args.prompt_length, max_response_length=args.response_length)
     settings = {name: x for name, x in settings.items() if name in script.Args.__dataclass_fields__}
     gc.collect()
     torch.cuda.empty_cache()
@@ -140,24 +141,20 @@ def peak_memory(function, device):
     return most
 
 
-def fastest(function, device, tries=5):
-    """Seconds of the fastest of some calls."""
-    times = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
 def device_speed(device, dtype):
     """(floating point operations per second of a matrix product, bytes per second that a copy moves)."""
     n, size = (8192, 2 ** 30) if device == "cuda" else (1024, 2 ** 27)
     a, b = torch.randn(2, n, n, device=device, dtype=dtype)
     x, y = torch.empty(2, size, dtype=torch.uint8, device=device)
-    return 2 * n ** 3 / fastest(lambda: a @ b, device), 2 * size / fastest(lambda: y.copy_(x), device)
+    found = []
+    for function in (lambda: a @ b, lambda: y.copy_(x)):
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            function().flatten()[0].item()                    # waits for the GPU
+            seconds.append(time.perf_counter() - start)
+        found.append(min(seconds))
+    return 2 * n ** 3 / found[0], 2 * size / found[1]
 
 
 def update_flops(config, lengths, prompt_length, epochs, models):
@@ -165,7 +162,7 @@ def update_flops(config, lengths, prompt_length, epochs, models):
     weights, total = body_weights(config), 0
     for length in lengths:
         tokens = prompt_length + length
-        attention = 2 * config.num_hidden_layers * config.hidden_size * tokens ** 2                # causal: half
+        attention = 2 * config.num_hidden_layers * config.hidden_size * tokens ** 2      # causal: half of all
         total += models * (6 * weights * tokens + 3 * attention)
         total += 6 * config.vocab_size * config.hidden_size * length           # output layer, at the response
     return total * epochs
@@ -218,9 +215,7 @@ def summary(args, config, found, device, flops, bandwidth):
               "torch": torch.__version__, "commit": claims.commit(), "matmul_flops": flops,
               "bandwidth": bandwidth, "methods": {},
               "settings": {name: x for name, x in vars(args).items() if name not in ("output", "shape")}}
-    for method, x in found.items():
-        if not x["seconds"]:
-            continue
+    for method, x in [(method, x) for method, x in found.items() if x["seconds"]]:
         median = {part: statistics.median(row[f"seconds_{part}"] for row in x["seconds"]) for part in PARTS}
         length, step = statistics.mean(row["response_length"] for row in x["seconds"]), sum(median.values())
         # ReMax makes one pass over the batch, and generates twice.
@@ -243,21 +238,21 @@ def table(result):
             ours = f"{x[name] / methods['PPO'][name]:.2f}" if "PPO" in methods else ""
             paper = f" ({PAPER[method][column] / PAPER['PPO'][column]:.2f})" if method in PAPER else ""
             ratios.append(ours + paper)
-        rows.append([method, *(f"{x[part]:.3f}" for part in (*PARTS, "step")), f"{x['tokens_per_second']:.0f}",
-                     f"{x['peak'] / 2 ** 20:.0f}", f"{x['utilisation']:.0%}", f"{x['generation']:.0%}", *ratios])
+        seconds = [f"{x[part]:.3f}" for part in (*PARTS, "step")]
+        rows.append([method, *seconds, f"{x['tokens_per_second']:.0f}", f"{x['peak'] / 2 ** 20:.0f}",
+                     f"{x['utilisation']:.0%}", f"{x['generation']:.0%}", *ratios])
     settings = ", ".join(f"{name} {x}" for name, x in result["settings"].items() if name != "methods")
     return [f"## {result['shape']}, {result['device']}", "",
             f"`python experiments/compute.py --shape {result['shape']}`, {settings}; finished "
-            f"{result['rounds']} rounds, medians; torch {result['torch']}, commit {result['commit']}. Matrix "
-            f"product {result['matmul_flops'] / 1e12:.3g} TFLOP/s, copying {result['bandwidth'] / 1e9:.3g} GB/s.",
-            "", *claims.table("method | generate, s | score, s | update, s | step, s | tokens/s | peak memory, "
-                              "MiB | utilisation, update | generation against its bound | time / PPO (paper, 3B) "
-                              "| memory / PPO (paper, 3B)", rows)]
+            f"{result['rounds']}, medians; torch {result['torch']}, commit {result['commit']}. Products "
+            f"{result['matmul_flops'] / 1e12:.3g} TFLOP/s, copying {result['bandwidth'] / 1e9:.3g} GB/s.", "",
+            *claims.table("method | generate, s | score, s | update, s | step, s | tokens/s | peak, MiB | "
+                          "utilisation, update | generation against its bound | time / PPO (paper, 3B) | "
+                          "memory / PPO (paper, 3B)", rows)]
 
 
 def main():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     for name, value in (("prompt_length", 64), ("response_length", 128), ("batch_size", 64), ("steps", 3),
@@ -271,7 +266,7 @@ def main():
     head = ["# Time and memory of a step", "", "What is measured, and how: [compute.py](../compute.py). The "
             "paper's figures (Table 7) are of Llama-3.2-3B on 8 x A100 with ZeRO-1, in its own code."]
     for result in measure(args):
-        kept = json.loads(file.read_text()) if file.exists() else []           # others stay; the same is replaced
+        kept = json.loads(file.read_text()) if file.exists() else []           # others' results stay
         kept = [old for old in kept if any(old[name] != result[name] for name in same)] + [result]
         lines = head + [line for one in kept for line in ["", *table(one)]]
         claims.write_result(args.output, "compute", kept, lines)

@@ -215,8 +215,8 @@ def answer(seeds, per_seed):
                f"{gaps[every]:.3f} with all, the lemma's bound {loose['max']:.0f} times as large as the gap "
                f"(median); with all pairs their cosine is {cosine:.2f}, and that with the true gradient "
                f"{mean(own):.2f} for the GVM and {critic:.2f} for the critic.")
-    tables = ["The truth. The shuffled norm is this sample's noise. The noise of the truth lowers cosines with "
-              "it, of critic and GVM alike; less so of the backup, which shares the completions.", ""]
+    tables = ["The shuffled norm is this sample's noise. The noise of the truth lowers cosines with it, of "
+              "critic and GVM alike; less so of the backup, which shares the completions.", ""]
     tables += claims.table("of the truth | ", [[key, per_seed("truth", key)] for key in per_seed("truth")[0]])
     tables += ["", *claims.table("pairs | epsilon_R: rms | largest", [
         [share, *(per_seed(share, "epsilon_R", key) for key in ("rms", "max"))] for share in SHARES]), ""]

@@ -32,7 +32,7 @@ MODELS = {"GVM": "gvm", "GVM, pairs": "gvm_pairs", "ScalarRM": "reward_model", "
 AGGREGATES = ("mean", "last", "p1", "p5", "p10", "p90", "p95", "p99")
 PLACES = ("first", "middle", "before last", "last")
 IN_FRONT = "I have a question before my trip. "
-TRUTHS, COMPLETIONS = 400, 200                                # answers with a known truth; completions of each
+TRUTHS, COMPLETIONS = 400, 200                                # answers with a known truth; of each prefix
 
 
 def pairs_of_policies(folder, rng):
@@ -64,7 +64,7 @@ def run_seed(folder):
             "words in front of the question": [row | {"prompt": IN_FRONT + row["prompt"]} for row in own]}
     train = rng.sample(read_lines(folder / "data" / "scored.jsonl"), 1000)
     known, rewards = read_lines(folder / "data" / "test_scored.jsonl"), [row["reward"] for row in train]
-    known, truths = rng.sample(known, TRUTHS), []             # (row of known, place, tokens read, true Q, its error)
+    known, truths = rng.sample(known, TRUTHS), []             # [(row, place, tokens read, true Q, noise), ...]
     for i, row in enumerate(known):
         said = evaluate.encode_response(tokenizer, row["response"])
         for place, count in zip(PLACES, (1, len(said) // 2, len(said) - 1, len(said))):
@@ -102,7 +102,7 @@ def main():
     for seed in args.seeds:
         folder = Path(args.runs) / f"seed{seed}"
         if not (folder / "eval" / "answers.jsonl").exists():
-            raise SystemExit(f"error: {folder}: not finished. Run experiments/compare.py first (make compare)")
+            raise SystemExit(f"error: {folder}: not finished. Run make compare first")
         seeds[str(seed)] = run_seed(folder)
 
     def per_seed(*keys):
@@ -110,23 +110,25 @@ def main():
 
     made = f"python experiments/value_models.py --seeds {' '.join(seeds)}"
     lines = ["# Value models: GVM, ScalarRM, PPO's critic", "",
-             f"`{made}`, commit {claims.commit()}. Mean over the seeds and its 95 % interval (Student's t).", "",
+             f"`{made}`, commit {claims.commit()}. Mean over the seeds, 95 % interval (Student's t).", "",
              "## Pair accuracy on held-out pairs (Tables 3, 4, 5 and 8 in kind)"]
     for which in per_seed("GVM", "pairs")[0]:
-        lines += ["", f"### {'Atlas: the distribution of training' if which == 'own' else f'Shifted: {which}'}",
-                  "", *claims.table(f"model | {' | '.join(AGGREGATES)}", [
-                      [name, *(per_seed(name, "pairs", which, key) for key in AGGREGATES)] for name in MODELS])]
-    gaps = [f"{name} {claims.cell(claims.minus(*(per_seed(x, 'pairs', 'own', 'mean') for x in (name, other))))}"
-            for name in ("GVM", "GVM, pairs") for other in ("PPO's critic",)]
+        lines += ["", f"### {'Atlas: as in training' if which == 'own' else f'Shifted: {which}'}", ""]
+        lines += [*claims.table(f"model | {' | '.join(AGGREGATES)}", [
+            [name, *(per_seed(name, "pairs", which, key) for key in AGGREGATES)] for name in MODELS])]
+    critic = per_seed("PPO's critic", "pairs", "own", "mean")
+    gaps = [f"{name} {claims.cell(claims.minus(per_seed(name, 'pairs', 'own', 'mean'), critic))}"
+            for name in ("GVM", "GVM, pairs")]
     lines += ["", f"Minus PPO's critic, mean value, Atlas's own pairs: {'; '.join(gaps)}.", "",
               "## Mean squared error against the true Q", "",
-              f"{TRUTHS} held-out answers per seed, {COMPLETIONS} completions. The critic has no value for the "
-              "last token: it speaks before a token, and nothing follows END.", "",
+              f"{TRUTHS} held-out answers per seed, {COMPLETIONS} completions of each prefix. The critic says "
+              "nothing of the last token: it speaks before a token, and nothing follows END.", "",
               *claims.table(f"model | {' | '.join(PLACES)}", [
                   [name, *(per_seed(name, "mse", place) if place in per_seed(name, "mse")[0] else ""
                            for place in PLACES)] for name in [*MODELS, "the mean reward"]])]
-    claims.write_result(args.output, "value_models",
-                        {"command": made, "commit": claims.commit(), "seeds": seeds}, lines)
+    found = {"command": made, "commit": claims.commit(), "seeds": seeds}
+    claims.write_result(args.output, "value_models", found, lines)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,14 @@
-"""The bookkeeping of experiments/compare.py: statistics against known answers, and what is run again."""
-import importlib.util
+"""experiments/compare.py: its bookkeeping against known answers, and the whole of it with almost nothing."""
 import json
-import os
-import subprocess
+import shutil
 import sys
-import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SCRIPTS, script
 
-spec = importlib.util.spec_from_file_location("compare", ROOT / "experiments" / "compare.py")
-compare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compare)
-
-
-def test_interval():
-    """Five numbers by hand: mean 3, deviation sqrt(2.5), t(4) = 2.776."""
-    x = compare.interval([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert x["mean"] == 3 and x["high"] - 3 == pytest.approx(2.776 * 2.5 ** 0.5 / 5 ** 0.5) == pytest.approx(3 - x["low"])
+sys.path.insert(0, str(ROOT / "experiments"))
+import claims  # noqa: E402
+import compare  # noqa: E402
 
 
 def test_steps_to_reach():
@@ -26,68 +17,47 @@ def test_steps_to_reach():
     assert compare.steps_to_reach([1.0] * 10, 0.6) == 5
 
 
-def test_learning_curve(tmp_path):
-    rows = [{"step": 2, "prompt": "a", "response": "1"}, {"step": 1, "prompt": "a", "response": "3"},
-            {"step": 2, "prompt": "a", "response": "5"}]
-    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert compare.learning_curve(tmp_path, lambda prompt, response: float(response)) == [3, 3]
-
-
-def test_a_run_is_current_only_with_the_same_flags_and_older_inputs(tmp_path):
-    output, model = tmp_path / "run", tmp_path / "model"
-    output.mkdir()
-    model.mkdir()
-    flags = {"lr": 1e-4, "model": model}
-    assert not compare.is_current(output, flags)
-    (output / "process.json").write_text(json.dumps({"flags": {k: str(v) for k, v in flags.items()}}))
-    assert compare.is_current(output, flags)
-    assert not compare.is_current(output, flags | {"lr": 2e-4})
-    assert not compare.is_current(output, flags | {"steps": 3})
-    (model / "process.json").write_text("{}")
-    os.utime(model / "process.json", (time.time() + 60,) * 2)                  # the model was made again
-    assert not compare.is_current(output, flags)
-
-
 def test_every_method_s_flags_are_its_script_s(monkeypatch, tmp_path):
-    """The flags of a whole run parse, and give every online method as many rollouts."""
-    rollouts = set()
-    for method, (script, _, rates) in compare.METHODS.items():
-        name = script.removesuffix(".py").replace("/", ".")
-        module = importlib.import_module(name)
-        flags = compare.flags_of(method, tmp_path, 50) | {"lr": rates[0], "seed": 1}
-        monkeypatch.setattr(sys, "argv", [script])
-        args = module.parse_args(module.Args, [word for key, value in flags.items() for word in (f"--{key}", str(value))])
-        module.accumulation_steps(args, 1)
-        rollouts.add(args.steps * args.batch_size if method != "DPO" else None)
+    """The flags of a whole run are fields of Args, fit one process, and give every online method as many rollouts."""
+    asked = []
+    monkeypatch.setattr(claims, "train", lambda script, output, **flags: asked.append((script, flags)))
+    for method, (_, _, _, rates) in compare.METHODS.items():
+        compare.train(tmp_path, method, tmp_path, {"data": tmp_path, "seed": 1}, 50, rates[0])
         assert len(rates) == 4
-    assert rollouts == {50 * 60, None}
+    rollouts = set()
+    for name, flags in asked:
+        module = script(next(key for key, path in SCRIPTS.items() if path == f"{name.replace('.', '/')}.py"))
+        args = module.Args(**flags)
+        module.start_accelerator(args, getattr(args, "mini_batch_size", args.batch_size))
+        rollouts.add(args.steps * args.batch_size if hasattr(args, "steps") else None)
+    assert rollouts == {50 * 60, None} and len(asked) == 6
 
 
-@pytest.mark.parametrize("flags", [["--seeds", "1", "2", "--sweep_seeds", "2"], ["--seeds", "3", "3"],
-                                   ["--seeds", *map(str, range(20, 31))]])
-def test_seeds_that_prove_nothing_are_refused(flags, tmp_path):
-    done = subprocess.run([sys.executable, "experiments/compare.py", *flags, "--runs", str(tmp_path / "runs")], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and "must all differ" in done.stderr and not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("flags", [["--seeds", "1", "2", "--sweep_seeds", "2"], ["--seeds", "3", "3"], ["--seeds", *map(str, range(20, 31))]])
+def test_seeds_that_prove_nothing_are_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare.py", *flags, "--runs", str(tmp_path / "runs")])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert not (tmp_path / "runs").exists()
 
 
-def test_the_report():
-    def policy(score, curve):
-        others = {"sft": 0.6} | {compare.file_name(name): 0.5 for name in compare.METHODS}
-        return {"oracle": score, "kl": 1.0, "length": 20.0, "win_rate": others} | ({"curve": curve} if curve else {})
-
-    rising = [step / 10 for step in range(10)]
-    seeds = {str(seed): {"SFT": {"oracle": 0.0, "length": 20.0}} | {
-        name: policy(0.3 + 0.1 * (name == "DVPO") + seed / 100, None if name == "DPO" else rising)
-        for name in compare.METHODS} for seed in (1, 2)}
-    seconds = {"generate": 0.3, "score": 0.2, "update": 0.5, "total": 1.0}
-    results = {"seeds": seeds, "machine": "m", "answers": 616, "methods": {name: {"lr": "0.1"} for name in compare.METHODS},
-               "step_seconds": {"DVPO": seconds, "PPO": seconds | {"total": 2.0}}, "sweep": {"DVPO": {"0.1": [0.1, 0.2]}},
-               "sweep_seeds": [9], "large": {name: {"peak_mib": 100.0 + 100 * (name == "PPO"), "seconds": 1.0}
-                                             for name in ("DVPO", "PPO")}}
-    results["against_ppo"] = compare.against_ppo(results)
-    page = compare.table(results, "made", "commit", 10)
-    assert "difference seed by seed +0.100 (+0.100 to +0.100)" in page
-    assert "100 MiB / 200 MiB = 0.50" in page and "1.00 s / 2.00 s = 0.50" in page
-    assert "DVPO [8, 8]; DVPO, pairs [8, 8]; PPO [8, 8]" not in page and "PPO [10, 10]" in page
-    assert "| DVPO | **0.1: 0.100, 0.200** |" in page and page.count("\n| DVPO") == 5
+def test_it_runs_through(world, tmp_path, monkeypatch, capsys):
+    """Two rates per method in a world of their own; the better one is used for the seed."""
+    for seed in (20, 21):
+        for part in ("base", "data"):
+            shutil.copytree(world / part, tmp_path / "runs" / f"seed{seed}" / part)
+    few = {"train_dvpo": {"steps": 5}, "baselines.ppo": {"steps": 5}, "baselines.grpo": {"steps": 5}, "baselines.remax": {"steps": 5}}
+    train = claims.train
+    monkeypatch.setattr(claims, "train", lambda script, output, **flags: train(script, output, **flags | few.get(script, {"epochs": 1}) | (
+        {"max_response_length": 8, "batch_size": 20} | ({} if "remax" in script else {"mini_batch_size": 10, "micro_batch_size": 10}) if script in few else {})))
+    monkeypatch.setattr(compare, "METHODS", {method: (*rest, rates[:2]) for method, (*rest, rates) in compare.METHODS.items()})
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "21", "--sweep_seeds", "20", "--steps", "5", "--rounds", "1", "--jobs", "1", "--scale",
+                                      "0.99", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)])
+    monkeypatch.chdir(ROOT)
+    compare.main()
+    results, page = json.loads((tmp_path / "compare.json").read_text()), (tmp_path / "compare.md").read_text()
+    for method, found in results["sweep"].items():
+        best = max(found, key=lambda rate: found[rate][0])
+        assert results["methods"][method]["lr"] == float(best) and len(found) == 2
+    assert set(results["step_seconds"]) == {"DVPO", "PPO", "GRPO", "ReMax"} and len(results["seeds"]["21"]["PPO"]["curve"]) == 5
+    assert page.count("\n| DVPO, pairs |") == 3 and "nan" not in page.replace("maintenance", "")

@@ -9,13 +9,13 @@ from conftest import SCRIPTS, script
 
 ROOT = Path(__file__).parent.parent
 # Lines of a script, and of its section 6. To be raised only for something that a reader would miss.
-BUDGETS = {"sft.py": (360, 140), "train_gvm.py": (530, 140), "train_dvpo.py": (610, 160), "evaluate.py": (480, None),
-           "baselines/reward_model.py": (430, 140), "baselines/dpo.py": (430, 140), "baselines/ppo.py": (680, 160),
-           "baselines/grpo.py": (620, 160), "baselines/remax.py": (580, 160)}
-FOLDERS = {"analysis": 900, "data": 1000, "experiments": 2900, "tests": 5000}
+BUDGETS = {"sft.py": (360, 140), "train_gvm.py": (520, 140), "train_dvpo.py": (615, 140), "evaluate.py": (480, None),
+           "baselines/reward_model.py": (400, 140), "baselines/dpo.py": (400, 140), "baselines/ppo.py": (630, 140),
+           "baselines/grpo.py": (550, 140), "baselines/remax.py": (510, 140)}
+FOLDERS = {"analysis": 900, "data": 1000, "experiments": 2850, "tests": 5000}
 FLAGS, LOOP, LESSON = 24, 60, 260                              # flags; lines of a training loop; diff train_dvpo.py baselines/ppo.py
 # Names that differ by design: what a script is about.
-MAY_DIFFER = {"Args", "main", "evaluate", "ppo_update", "score_rollouts"}
+MAY_DIFFER = {"Args", "main", "ppo_update", "score_rollouts"}
 
 
 def definitions(text):
@@ -64,8 +64,8 @@ def test_the_sections_are_the_same_and_the_last_one_holds_nothing_of_a_method():
     everywhere = [name for text in texts.values() for name in definitions(text)]
     for name, text in texts.items():
         headings = [line for line in text.splitlines() if line.startswith("# ---- ")]
-        assert [heading.split()[2] for heading in headings] == [f"{i}." for i in (1, 2, 3, 4, 5, 6) if name != "sft" or i != 5]
-        assert headings[-1] == "# ---- 6. The same in every script: command line, models, engines, run folder ----"
+        assert [heading.split()[2] for heading in headings] == ["1.", "2.", "3.", "4.", "5.", "6."]
+        assert headings[-1] == "# ---- 6. The same in every script: command line, engines, run folder ----"
         method, rest = (set(definitions(part)) for part in text.split(headings[-1]))
         assert {"Args", "main"} <= method and all(everywhere.count(shared) > 2 for shared in rest)
 
@@ -92,4 +92,5 @@ def test_what_dvpo_removes():
     assert len(changed) <= LESSON
     assert set(definitions(ours)) - set(definitions(ppo)) == {
         "draw_tau", "advantage_q", "advantage_gae", "advantage_released", "token_values"}
-    assert set(definitions(ppo)) - set(definitions(ours)) == {"advantage_from_critic", "value_loss"}     # TODO: when ppo.py is final
+    assert set(definitions(ppo)) - set(definitions(ours)) == {
+        "ActorCritic", "new_critic", "response_reward", "advantage_from_critic", "value_loss"}

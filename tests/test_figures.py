@@ -122,5 +122,5 @@ def test_wins_figure(tmp_path, drawn):
 
 
 def test_only_a_gvm_has_token_values(runs, tmp_path):
-    for folder, why in ((runs("ppo") / "critic", "not made by train_gvm.py"), (runs("reward_model"), "not a trained ModelForTokenClassification")):
+    for folder, why in ((runs("ppo") / "critic", "not made by train_gvm.py"), (runs("reward_model"), "not a trained TokenClassification")):
         fails(lambda: figures.main(["tokens", "--gvm", str(folder), "--output", str(tmp_path)]), why)

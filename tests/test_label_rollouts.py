@@ -138,8 +138,8 @@ def test_bad_input_ends_in_one_line(args, foreign, runs, tmp_path):
         assert not (tmp_path / "bad").exists()
 
     run("no prompt fits into --max_prompt_length 2", max_prompt_length=2)
-    run("holds a LlamaForTokenClassification, not a trained ModelForSequenceClassification", reward_model=str(runs("gvm")))
-    run("holds a LlamaForTokenClassification, no start for a ModelForCausalLM", models=[str(runs("gvm"))])
+    run("holds a LlamaForTokenClassification, not a trained SequenceClassification", reward_model=str(runs("gvm")))
+    run("holds a LlamaForTokenClassification, no start for a CausalLM", models=[str(runs("gvm"))])
     run("no answer to learn from .*answer cut at --max_response_length", max_response_length=1, overwrite=True)
     run("has 2 labels, not one", reward_model=str(foreign(num_labels=2)))
     run("longer than the reward model's context", reward_model=str(foreign(max_position_embeddings=4)), overwrite=True)
