@@ -10,9 +10,9 @@ Method      One world per seed. DVPO, 40 steps of 64 rollouts from the same SFT 
             +1 for the better answer, -1 for the worse; scores: the oracle's, of half as many answers again).
             Every GVM makes two passes over its data, every policy has the same learning rate: a setting that
             only learns more slowly loses by it. Policies are judged by the oracle on held-out questions, GVMs
-            by how often they give the better answer of a held-out pair the higher mean value. Differences are
-            within seeds. The best setting is chosen and compared on the same seeds, and no interval is
-            widened for the number of comparisons: a lead that is barely decided is weak evidence.
+            by how often they give the better answer of a held-out pair the higher mean value. The best
+            setting is chosen and compared on the same seeds, and no interval is widened for the number of
+            comparisons: a lead that is barely decided is weak evidence.
 Command     python experiments/advantage.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/advantage.json, .md, .png
 """
@@ -20,8 +20,6 @@ from statistics import mean
 
 import claims                                                 # first: it finds the project's root
 import matplotlib.pyplot as plt
-import train_dvpo
-import train_gvm
 from claims import cell, claim, minus, verdict
 
 # Setting: (run folder, flags). Other experiments use runs with the scripts' defaults, too, by these names.
@@ -39,7 +37,7 @@ GVMS = {
     "td 1": ("gvm_td_1", {"supervision": "scores", "td_lambda": 1.0}),
     "pairs": ("gvm_pairs", {"supervision": "pairs"}),
 }
-USED, SCORES = "gae 0.95", "td 0.95"                          # what the claims are about: one run for both
+USED, SCORES = "gae 0.95", "td 0.95"                          # the scripts' defaults; what the claims are about
 
 
 # ---- 1. One seed ----
@@ -63,12 +61,6 @@ def run_seed(folder, seed, scale):
 
 
 # ---- 2. The answer ----
-def default_of(settings, defaults):
-    """The name of the setting that the script has by default."""
-    return next(name for name, (_, flags) in settings.items()
-                if all(getattr(defaults, flag) == value for flag, value in flags.items()))
-
-
 def support(values, default):
     """In words: the setting with the best mean, and those that the seeds cannot tell from it."""
     best = max(values, key=lambda name: mean(values[name]))
@@ -105,8 +97,7 @@ def answer(seeds, per_seed):
         words.get(verdict(policy), "not decided"), f"pairs minus scores: score {cell(policy)}")
 
     settings = {"advantages": ADVANTAGES, "GVMs": GVMS}
-    defaults = {"advantages": default_of(ADVANTAGES, train_dvpo.Args()),
-                "GVMs": default_of(GVMS, train_gvm.Args())}
+    defaults = {"advantages": USED, "GVMs": SCORES}
     scores = {group: {name: per_seed(group, name, "score") for name in settings[group]} for group in settings}
     by = {group: support(scores[group], defaults[group]) for group in settings}
     ranked = support({name: per_seed("GVMs", name, "accuracy") for name in GVMS}, defaults["GVMs"])

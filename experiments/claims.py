@@ -247,15 +247,6 @@ def parser(doc, seeds=(21, 22, 23, 24, 25), runs="runs/claims"):
     return parser
 
 
-def run(doc, run_seed, answer):
-    """An experiment. run_seed(folder, seed, scale) -> what one seed found; answer(seeds, per_seed) -> claims,
-    tables, finding, picture (see report); per_seed("a", "b") is [seed["a"]["b"] for every seed]."""
-    args, started = parser(doc).parse_args(), time.time()
-    seeds, name = over_seeds(run_seed, args), Path(run_seed.__code__.co_filename).stem
-    report(name, args, doc, seeds, *answer(seeds, partial(per_seed, seeds)))
-    print(Path(args.output, f"{name}.md").read_text(encoding="utf-8"), f"{time.time() - started:.0f} s")
-
-
 def over_seeds(run_seed, args, *more):
     """{seed: run_seed(folder, seed, scale, *more)}. What a seed found is kept until the arguments change, or
     the script does, up to the section that puts the answer together."""
@@ -290,10 +281,8 @@ def minus(a, b):
 
 def interval(values):
     """Mean and 95 % interval (Student's t over the seeds): (mean, low, high)."""
-    mean = statistics.mean(values)
-    if len(values) == 1:
-        return mean, float("nan"), float("nan")
-    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    mean, n = statistics.mean(values), len(values)
+    half = T_95[n] * statistics.stdev(values) / n ** 0.5 if n > 1 else float("nan")
     return mean, mean - half, mean + half
 
 
@@ -344,24 +333,26 @@ def write_result(folder, name, numbers, lines):
     Path(folder, f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def report(name, args, doc, seeds, claims, tables, finding, picture):
-    """experiments/results/NAME.json, .md and .png.
+def run(doc, run_seed, answer):
+    """An experiment, from the command line to experiments/results/NAME.json, .md and .png.
 
-    doc      the experiment's docstring              seeds    {seed: what it found}
-    claims   {claim, in words: (verdict, the numbers behind it, in words)}
-    tables   lines of markdown                       finding  the sentence it ends with, and the caption
-    picture  matplotlib figure
+    doc       its docstring               run_seed(folder, seed, scale) -> what one seed found, for JSON
+    answer(seeds, per_seed) -> {claim: (verdict, numbers)}, lines of markdown, a sentence, a matplotlib figure;
+              seeds is {seed: what it found}, per_seed("a", "b") is [found["a"]["b"] of every seed]
     """
-    made = {"command": f"python experiments/{name}.py --seeds {' '.join(map(str, args.seeds))}"
-            + (f" --scale {args.scale}" if args.scale != 1 else ""), "commit": commit(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores"}
+    args, started = parser(doc).parse_args(), time.time()
+    seeds, name = over_seeds(run_seed, args), Path(run_seed.__code__.co_filename).stem
+    claims, tables, finding, picture = answer(seeds, partial(per_seed, seeds))
+    command = f"python experiments/{name}.py --seeds {' '.join(seeds)} --scale {args.scale:g}"
     method = doc[doc.index("Hypothesis"):doc.index("Command")].rstrip().splitlines()
-    lines = [f"# {doc.splitlines()[0]}", "", *(line.strip() and f"    {line}" for line in method), "",
-             f"`{made['command']}`, commit {made['commit']}, {made['machine']}. Mean over the seeds and its "
-             "95 % interval (Student's t over seeds).", "",
+    lines = [f"# {doc.splitlines()[0]}", "", *(f"    {line}" for line in method), "",
+             f"`{command}`, commit {commit()}, {platform.machine()}, {os.cpu_count()} cores. Mean over the "
+             "seeds and its 95 % interval (Student's t over seeds).", "",
              *table("claim | verdict | numbers", [
                  (claim, f"**{word}**", numbers) for claim, (word, numbers) in claims.items()]),
              "", f"![{name}]({name}.png)", "", f"*{finding}*", "", *tables]
     claims = {claim: {"verdict": word, "numbers": numbers} for claim, (word, numbers) in claims.items()}
-    write_result(args.output, name, made | {"claims": claims, "finding": finding, "seeds": seeds}, lines)
+    found = {"command": command, "commit": commit(), "claims": claims, "finding": finding, "seeds": seeds}
+    write_result(args.output, name, found, lines)
     picture.savefig(Path(args.output, f"{name}.png"), dpi=110, bbox_inches="tight")
+    print("\n".join(lines), f"{time.time() - started:.0f} s", sep="\n")

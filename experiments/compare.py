@@ -6,9 +6,8 @@ Method      A world per seed; SFT, GVM and reward model are trained once per see
             "DVPO" from their scores (the default), "DVPO, pairs" from pairs of them as +1/-1, just what the
             reward model (so PPO, GRPO, ReMax) and DPO see. All online methods learn from as many rollouts,
             with the scripts' own defaults otherwise. Learning rates: four per method, tried in two worlds of
-            their own (--sweep_seeds), chosen by the oracle there, then used for all seeds. Times per step are
-            measured apart, methods taking turns on an idle machine. (Memory: experiments/compute.py --shape
-            100m.)
+            their own (--sweep_seeds), chosen by the oracle there. Times per step are measured apart, methods
+            taking turns on an idle machine. (Memory: experiments/compute.py --shape 100m.)
 Command     python experiments/compare.py --seeds 11 12 13 14 15        (make compare; about 90 minutes)
 Result      experiments/results/compare.json and .md
 """
@@ -44,8 +43,9 @@ def train(output, method, folder, start, steps, lr):
     script, flag, name, _ = METHODS[method]
     flags = start | {"model": folder / "sft"} | ({"lr": lr} if lr else {})
     if flag:
-        flags |= {flag: folder / name, "steps": steps, "batch_size": ROLLOUTS}
-        flags |= {"micro_batch_size" if method == "ReMax" else "mini_batch_size": ROLLOUTS // 2}
+        half = ROLLOUTS // 2
+        flags |= {flag: folder / name, "steps": steps, "batch_size": ROLLOUTS, "micro_batch_size": half}
+        flags |= {} if method == "ReMax" else {"mini_batch_size": half}
     return claims.train(script, output, **flags)
 
 
@@ -147,8 +147,8 @@ def report(results, per_seed):
     lines += ["", "## Learning rates", "", "Oracle scores on held-out prompts of the sweep's worlds, seeds "
               f"{results['sweep_seeds']}. The best mean was used.", ""]
     return lines + claims.table("method | rate: scores", [
-        [method, "; ".join(f"{rate}: " + ", ".join(f"{x:.3f}" for x in found) for rate, found in rates.items())]
-        for method, rates in results["sweep"].items()])
+        [method, "; ".join(f"{rate}: " + ", ".join(f"{x:.3f}" for x in xs) for rate, xs in found.items())]
+        for method, found in results["sweep"].items()])
 
 
 def main():

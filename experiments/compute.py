@@ -2,15 +2,13 @@
 
 Hypothesis  A DVPO step takes 0.57 of the time and 0.66 of the memory of a PPO step (Table 7, 3B): one model
             learns instead of two, and three are in memory instead of four.
-Method      The scripts' own main() runs, with models of a shape but random weights, prompts of
-            --prompt_length random tokens, and answers that end at a length drawn from LENGTHS: real answers
-            differ in length. Methods take turns, --rounds times, in one process; the first step of each turn
-            warms up. Every method gets as many rollouts. Memory: the most that tensors held at a time,
-            weights and Adam's state included (the process's own memory is mostly the libraries').
-            Utilisation: floating point operations of the update (6 per weight and token, and attention;
-            recomputation not counted) by time, against the fastest matrix product on this device. Generation:
-            against the time it takes to read weights and key-value cache once per token, at the copying speed
-            of this device.
+Method      The scripts' own main() runs, with models of a shape but random weights, random prompts, and
+            answers that end at a length drawn from LENGTHS: real answers differ in length. Methods take
+            turns, --rounds times, in one process; the first step of each turn warms up. Memory: the most that
+            tensors held at a time, weights and Adam's state included. Utilisation: floating point operations
+            of the update (6 per weight and token, and attention; recomputation not counted) by time, against
+            the fastest matrix product on this device. Generation: against the time it takes to read weights
+            and key-value cache once per token, at the copying speed of this device.
 Command     python experiments/compute.py --shape tiny                    (CPU: about 4 minutes; make compute)
             python experiments/compute.py --shape llama-3.2-1b --prompt_length 1024 --response_length 512 \\
                 --batch_size 16 --mini_batch_size 8 --micro_batch_size 4 --gradient_checkpointing    (80 GB)
@@ -26,7 +24,6 @@ import os
 import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections import deque
@@ -107,18 +104,17 @@ def turn(method, args, folder, device, steps):
         lengths = [answer_length(rng.random(), max_response_length) for _ in prompts]
         return sample(policy, prompts, max_response_length, Ends(lengths), **greedy)
 
-    def encode_prompt(tokenizer, prompt):
-        return [rng.randrange(10, 500) for _ in range(args.prompt_length)]
-
     settings = vars(args) | dict(
         model=str(folder / "model"), data=str(folder / "data"), output=str(folder / "run"), overwrite=True,
         gvm=str(folder / "gvm"), reward_model=str(folder / "reward_model"), lr=1e-6, target_kl=1e9,
-        steps=steps, group_size=4, max_prompt_length=args.prompt_length, max_response_length=args.response_length)
+        steps=steps, group_size=4, max_prompt_length=args.prompt_length,
+        max_response_length=args.response_length)
     settings = {name: x for name, x in settings.items() if name in script.Args.__dataclass_fields__}
     gc.collect()
     torch.cuda.empty_cache()
-    with mock.patch.multiple(script, load_model=load_model, rollout=rollout, encode_prompt=encode_prompt,
-                             save_run=lambda *rest: None):
+    with mock.patch.multiple(
+            script, load_model=load_model, rollout=rollout, save_run=lambda *rest: None,
+            encode_prompt=lambda *rest: [rng.randrange(10, 500) for _ in range(args.prompt_length)]):
         script.main(script.Args(**settings))
     return claims.read_lines(folder / "run" / "metrics.jsonl")
 
@@ -204,7 +200,6 @@ def measure(args):
                 if device == "cpu":                           # once more: the profiler takes time
                     work()
                 found[method]["seconds"] += turns[-1][1:]     # the first step warms up
-                print(f"round {number + 1}: {method}", file=sys.stderr)
                 yield summary(args, config, found, device, *speed) | {"rounds": number + 1}
 
 
@@ -252,7 +247,8 @@ def table(result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     for name, value in (("prompt_length", 64), ("response_length", 128), ("batch_size", 64), ("steps", 3),

@@ -73,8 +73,9 @@ def run_seed(folder, seed, scale):
     policies = {"default": claims.train("train_dvpo", folder / "dvpo", gvm=gvms["default"], advantage="gae",
                                         gae_lambda=0.95, **online)}
     for name, (_, run, flags, replaced) in GVMS.items():
-        shuffle = name == "shuffled rewards"
-        data = shuffled(start["data"], folder / f"{run}_data", seed) if shuffle else start["data"]
+        data = start["data"]
+        if name == "shuffled rewards":
+            data = shuffled(data, folder / f"{run}_data", seed)
         with mock.patch.object(*replaced) if replaced else nullcontext():
             gvms[name] = claims.train_gvm(folder / run, sft, start, data=data, **flags)
         policies[name] = claims.train("train_dvpo", folder / f"{run}_dvpo", gvm=gvms[name], **online)

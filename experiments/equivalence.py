@@ -3,21 +3,18 @@
 Hypothesis  From the same fixed pairs D, the policy gradient with a pretrained GVM and the one with a value
             derived from a reward model differ by at most kappa(epsilon_R, epsilon_Q), "with kappa -> 0 as
             epsilon_R, epsilon_Q -> 0" (Lemma 3.1). With more pairs the errors shrink, and so does the gap
-            between the two gradients.
+            between the gradients.
 Method      One world per seed, and 0.05, 0.2, 0.5 or all of its pairs. Of each share a ScalarRM and a GVM
-            (pairs as +1/-1). The small shares are gone over until they have had a quarter of the updates of
-            all pairs (11, 3 and 1 passes; all pairs: 2), or they would just be underfit: more pairs still
-            mean more updates, too. The RM becomes a value in two ways. Critic: 4,096 answers of pi_SFT,
-            labelled by the RM, train a value model for 1 epoch (all pairs: also 2, to see if it still
-            improves). Backup: the Bellman equation of appendix B solved by sampling, the mean RM score over
-            completions by pi_SFT. RM and GVM are put on the oracle's scale by the straight line that best
-            predicts its rewards of 1,000 training answers from the last token. Truth: Q of pi_SFT at two
-            tokens each of 150 answers to held-out questions, 16 completions each scored by the oracle; the
-            backup uses the same completions. Monte Carlo errors are taken off the mean squared errors, but
-            cannot be off the largest ones. Gradient: mean of grad log pi(a|s) (Q - mean Q) at pi_SFT over
-            those tokens, the same for every Q. How much of its norm is this sample's noise is seen once the
-            true values are shuffled among the tokens. Bound (appendix B): (largest error of the reward's
-            value + of the GVM) x mean norm of grad log pi; or, as sharp as Cauchy and Schwarz allow, root
+            (pairs as +1/-1); the small shares are gone over until they have had a quarter of the updates of
+            all pairs, or they would be underfit. The RM becomes a value in two ways. Critic: 4,096 answers of
+            pi_SFT, labelled by the RM, train a value model for 1 epoch (all pairs: also 2). Backup: the
+            Bellman equation of appendix B solved by sampling, the mean RM score over completions by pi_SFT.
+            RM and GVM are put on the oracle's scale by the straight line that best predicts its rewards of
+            1,000 training answers from the last token. Truth: Q of pi_SFT at two tokens each of 150 held-out
+            answers, 16 completions each scored by the oracle; the backup uses the same ones. Monte Carlo
+            errors are taken off mean squared errors, but cannot be off the largest ones. Gradient: mean of
+            grad log pi(a|s) (Q - mean Q) at pi_SFT over those tokens. Bound (appendix B): (largest error of
+            the reward's value + of the GVM) x mean norm of grad log pi; sharper, by Cauchy and Schwarz: root
             mean squares of both. Neither can fail, but for the truth's own noise: what can be learned is how
             loose they are.
 Command     python experiments/equivalence.py --seeds 21 22 23 24 25        (part of make claims)

@@ -1,77 +1,90 @@
 #!/usr/bin/env bash
-# bash experiments/gpu.sh OUT: all that a GPU has to show, in at most 9 minutes on one H100 or H200. Needs no network.
+# bash experiments/gpu.sh OUT: what a GPU has to show, in at most 9 minutes on an H100 or H200, all offline.
 #   (a) Atlas's four stages in bfloat16, the demo's numbers beside the CPU's (experiments/results/demo.json)
-#   (b) experiments/compute.py with Llama-3.2-1B and 3B shapes: OUT/compute.json and compute.md, written round by round
-#   (c) a run that is killed and resumed
-# DRY=1: the same on a CPU with tiny sizes, about three minutes.   PYTHON=python3: which python.
+#   (b) a run that is killed and resumed
+#   (c) experiments/compute.py with the shapes of Llama-3.2-1B and 3B
+# OUT gets summary.md, log.txt and the results as they come; models stay in a temporary folder.
+# DRY=1: on a CPU with tiny sizes, two minutes.   PYTHON=python3: which python.
 set -u
 OUT=$(mkdir -p "${1:?bash experiments/gpu.sh OUT}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3} DRY=${DRY:-} RUN=$OUT/atlas
-export HF_HUB_OFFLINE=1
-LAUNCH="$PYTHON -m accelerate.commands.launch --num_processes 1 --num_machines 1 --dynamo_backend no --mixed_precision"
-[ -n "$DRY" ] && LAUNCH="$LAUNCH no --cpu" || LAUNCH="$LAUNCH bf16"
-SHORT=${DRY:+--epochs 1}
-STEPS=${DRY:+--steps 4 --batch_size 16 --mini_batch_size 8}
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+export PYTHON=${PYTHON:-python3} RUN=$WORK/atlas HF_HUB_OFFLINE=1 DRY=${DRY:-}
+LAUNCH="$PYTHON -m accelerate.commands.launch --num_processes 1 --num_machines 1 --dynamo_backend no"
+LAUNCH="$LAUNCH --mixed_precision bf16"
+ROWS="--micro_batch_size 16" ONLINE="" SAMPLES=4 COMPUTE="experiments/compute.py --steps 1 --output $OUT"
+if [ -n "$DRY" ]; then
+    LAUNCH="$LAUNCH --cpu" ROWS="--epochs 1" SAMPLES=1
+    ONLINE="--steps 4 --batch_size 16 --mini_batch_size 8 --max_response_length 16"
+fi
+if ! $PYTHON -c "import datasets" 2>/dev/null; then           # only hub data sets need it
+    mkdir "$WORK/stub" && echo "load_dataset = None" >"$WORK/stub/datasets.py"
+    export PYTHONPATH=$WORK/stub${PYTHONPATH:+:$PYTHONPATH}
+fi
 
-part() {  # part NAME SECONDS COMMAND...: one part's failure, or its time limit, does not stop the next
-    local name=$1 limit=$2 started=$SECONDS; shift 2
-    timeout "$limit" "$@" >"$OUT/$name.log" 2>&1 && result=finished || result="FAILED or cut off: see $name.log"
-    echo "$name: $result, $((SECONDS - started)) s" | tee -a "$OUT/summary.txt"
+part() {  # part NAME SECONDS COMMAND...: its failure, or its time limit, does not stop the next part
+    local name=$1 limit=$2 began=$SECONDS result=finished; shift 2
+    echo "==== $name" >>"$OUT/log.txt"
+    timeout -k 5 "$limit" "$@" >>"$OUT/log.txt" 2>&1 || result="FAILED ($?; 124: cut off)"
+    echo "$name: $result, $((SECONDS - began)) s" | tee -a "$OUT/summary.md"
+}
+
+world() {
+    $PYTHON data/atlas.py world --output "$RUN" || return 1
+    [ -z "$DRY" ] || sed -i '161,$d' "$RUN"/data/*.jsonl
 }
 
 kill_and_resume() {
-    flags="--model $RUN/sft --gvm $RUN/gvm --data $RUN/data --output $RUN/killed --steps 12 --save_steps 2"
-    setsid $LAUNCH train_dvpo.py $flags $STEPS --steps 12 &
-    launcher=$!
+    local run="$LAUNCH train_dvpo.py $DVPO --output $RUN/killed $ONLINE --steps 12 --save_steps 2"
+    setsid $run & local group=$!
     until ls "$RUN"/killed/checkpoints/step_* >/dev/null 2>&1; do
-        kill -0 $launcher || return 1
+        kill -0 $group || return 1
         sleep 0.2
     done
-    kill -9 -- -$launcher
-    $LAUNCH train_dvpo.py $flags $STEPS --steps 12 --resume || return 1
-    $PYTHON -c "import json; steps = [json.loads(line)['step'] for line in open('$RUN/killed/metrics.jsonl')]
-assert steps == list(range(1, 13)), steps"
+    kill -9 -- -$group
+    $run --resume && diff <(grep -o '"step": [0-9]*' "$RUN/killed/metrics.jsonl") <(seq -f '"step": %g' 12)
 }
-export -f kill_and_resume
-export RUN LAUNCH STEPS PYTHON
+DATA="--data $RUN/data" DVPO="--model $RUN/sft --gvm $RUN/gvm --data $RUN/data"
+export LAUNCH ONLINE DVPO; export -f world kill_and_resume
 
-: >"$OUT/summary.txt"
-part world 30 $PYTHON data/atlas.py world --output "$RUN" --overwrite
+: >"$OUT/summary.md"; : >"$OUT/log.txt"
+part world 20 bash -c world
+part sft 60 $LAUNCH sft.py --model "$RUN/base" $DATA --output "$RUN/sft" $ROWS
+part gvm 95 $LAUNCH train_gvm.py --model "$RUN/sft" $DATA --output "$RUN/gvm" $ROWS
+part dvpo 50 $LAUNCH train_dvpo.py $DVPO --output "$RUN/dvpo" $ONLINE
+part values 40 $PYTHON evaluate.py values --models "$RUN/gvm" $DATA --output "$RUN/eval/values.json"
+part policy 30 $PYTHON evaluate.py policy --models "$RUN/sft" "$RUN/dvpo" $DATA --samples $SAMPLES \
+    --output "$RUN/eval"
+cp "$RUN"/eval/*.json "$OUT"
+part resume 50 bash -c kill_and_resume
 if [ -n "$DRY" ]; then
-    for file in "$RUN"/data/*.jsonl; do head -n 160 "$file" >"$file.part" && mv "$file.part" "$file"; done
-fi
-part sft 60 $LAUNCH sft.py --model "$RUN/base" --data "$RUN/data" --output "$RUN/sft" --overwrite $SHORT
-part gvm 80 $LAUNCH train_gvm.py --model "$RUN/sft" --data "$RUN/data" --output "$RUN/gvm" --overwrite $SHORT
-part dvpo 60 $LAUNCH train_dvpo.py --model "$RUN/sft" --gvm "$RUN/gvm" --data "$RUN/data" --output "$RUN/dvpo" \
-    --overwrite $STEPS
-part values 30 $PYTHON evaluate.py values --models "$RUN/gvm" --data "$RUN/data" --output "$OUT/values.json" --overwrite
-part policy 40 $PYTHON evaluate.py policy --models "$RUN/sft" "$RUN/dvpo" --data "$RUN/data" \
-    --judge data/atlas.py:oracle --output "$OUT" --overwrite
-part resume 60 bash -c kill_and_resume
-if [ -n "$DRY" ]; then
-    part compute_tiny 90 $PYTHON experiments/compute.py --shape tiny --prompt_length 16 --response_length 32 \
-        --batch_size 16 --mini_batch_size 8 --micro_batch_size 4 --rounds 1 --steps 1 --output "$OUT"
+    part compute_tiny 60 $PYTHON $COMPUTE --shape tiny --rounds 1 --prompt_length 16 --response_length 16 \
+        --batch_size 16 --mini_batch_size 8 --micro_batch_size 4
 else
-    part compute_1b 120 $PYTHON experiments/compute.py --shape llama-3.2-1b --prompt_length 512 --response_length 512 \
-        --batch_size 16 --mini_batch_size 8 --micro_batch_size 4 --gradient_checkpointing --rounds 2 --steps 1 \
-        --output "$OUT"
-    part compute_3b 60 $PYTHON experiments/compute.py --shape llama-3.2-3b --prompt_length 256 --response_length 256 \
-        --batch_size 8 --mini_batch_size 4 --micro_batch_size 2 --gradient_checkpointing --rounds 1 --steps 1 \
-        --methods DVPO ReMax GRPO --output "$OUT"       # PPO needs 16 bytes for each of 6.4 billion weights: 140 GB
+    part compute_1b 110 $PYTHON $COMPUTE --shape llama-3.2-1b --prompt_length 512 --response_length 512 \
+        --batch_size 16 --mini_batch_size 8 --micro_batch_size 4 --gradient_checkpointing --rounds 2
+    # PPO is last: it needs 16 bytes for each of 6.4 billion weights, and an H100 has 80 GB.
+    part compute_3b 75 $PYTHON $COMPUTE --shape llama-3.2-3b --prompt_length 256 --response_length 256 \
+        --batch_size 8 --mini_batch_size 4 --micro_batch_size 2 --gradient_checkpointing --rounds 1 \
+        --methods DVPO GRPO PPO
 fi
-$PYTHON - "$OUT" <<'PY' | tee -a "$OUT/summary.txt"
-import json, sys
+$PYTHON - <<'PY' >>"$OUT/summary.md" 2>>"$OUT/log.txt" || echo "demo: not finished" >>"$OUT/summary.md"
+import json, os, sys
 from pathlib import Path
-out = Path(sys.argv[1])
-cpu = json.loads(Path("experiments/results/demo.json").read_text())["seeds"]["1"]
-policy = json.loads((out / "policy.json").read_text())
-models, values = policy["models"], json.loads((out / "values.json").read_text())["models"]["gvm"]
-rows = {"oracle score, SFT": (models["sft"]["score"]["mean"], cpu["sft"]["oracle_mean"]),
-        "oracle score, DVPO": (models["dvpo"]["score"]["mean"], cpu["dvpo"]["oracle_mean"]),
-        "KL, nats per answer": (models["dvpo"]["kl"]["mean"], cpu["dvpo"]["kl_to_ref"]),
-        "pair accuracy, last value": (values["pair_accuracy"]["last"]["mean"], cpu["gvm"]["pair_accuracy"]["last"])}
+sys.path.insert(0, "data")
+import atlas
+both = [atlas.read_summary(Path(os.environ["RUN"])),
+        json.loads(Path("experiments/results/demo.json").read_text())["seeds"]["1"]]
+rows = {"gain of DVPO over SFT": [x["dvpo"]["oracle_mean"] - x["sft"]["oracle_mean"] for x in both],
+        "win rate": [x["dvpo"]["win_rate_vs_sft"] for x in both],
+        "KL, nats per answer": [x["dvpo"]["kl_to_ref"] for x in both],
+        "pair accuracy, mean value": [x["gvm"]["pair_accuracy"]["mean"] for x in both],
+        "pair accuracy, last value": [x["gvm"]["pair_accuracy"]["last"] for x in both],
+        **{f"seconds, {key}": [x["seconds"][key] for x in both] for key in both[0]["seconds"]}}
 print("\n| | here | CPU, demo.json, seed 1 |\n|---|---|---|")
 for name, (here, there) in rows.items():
     print(f"| {name} | {here:.3f} | {there:.3f} |")
 PY
+cat "$OUT/compute.md" >>"$OUT/summary.md"
+cat "$OUT/summary.md"

@@ -5,14 +5,13 @@ Hypothesis  "The value model's performance exhibits a clear scaling law, with la
             13; the four models there also differ in their family). Atlas can ask the same of data, and of the
             error against the true Q.
 Method      One world per seed. Models: hidden size 32, 64, 96 and 128 with 1, 2, 2 and 3 layers, each with a
-            base model and SFT of its own (the small ones 2 epochs, the largest, which all experiments share,
-            4: part of its lead may be that). Data: the first 1/8, 1/4, 1/2 or all of the scored answers,
-            largest model. Every GVM sees its data twice, so fewer answers also mean fewer updates. Pair
-            accuracy is that of the run itself, on the held-out pairs. The true Q is that of all behaviour
-            policies together, which is what a GVM without tau models: 200 completions at the first, the
-            middle and the last but one token of 150 held-out answers; what Monte Carlo adds to the squared
-            error is taken off. Per seed a least squares line on log2 of the parameters (embeddings included),
-            or of the answers; its slope is the gain per doubling.
+            base model and SFT of its own (2 epochs; the largest, which all experiments share, 4: part of its
+            lead may be that). Data: the first 1/8, 1/4, 1/2 or all of the scored answers, largest model, two
+            passes. Pair accuracy on held-out pairs. The true Q is that of all behaviour policies together,
+            which is what a GVM without tau models: 200 completions at the first, the middle and the last but
+            one token of 150 held-out answers; what Monte Carlo adds to the squared error is taken off. Per
+            seed a least squares line on log2 of the parameters (embeddings included), or of the answers; its
+            slope is the gain per doubling.
 Command     python experiments/scaling.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/scaling.json, .md, .png
 """

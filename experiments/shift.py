@@ -4,19 +4,17 @@ Hypothesis  On questions unlike those of its training, and on answers of policie
             the GVM's values are worse. DVPO still gains over SFT with such a GVM, but less than with one that
             knows them.
 Method      One world per seed. Questions: a GVM is trained without one of the four kinds of question (kind
-            number seed modulo 4); another without a quarter of the countries, asked or named (in answers
-            about others they would all be lies); a control on as many rows of all questions. (The SFT model,
-            from which all three start, has seen every kind and country.) DVPO, 30 steps, on new prompts of
-            the unseen sort only, with the GVM that never saw it and with the control; judged on held-out
-            prompts of that sort. Policies: the GVM of all data meets answers of the behaviour policies'
-            mixture, which wrote its data; of SFT; of DVPO's final policy; of SFT at temperature 2; and of a
-            "stranger", a program that is rude and chatty at once, right half of the time. The stranger's
-            answers are also held against how the mixture would go on from there: that part of the error is
-            due to unlike text, the rest to another way to go on. Values are compared with the true Q of the
-            policy that wrote the answer (200 completions of a program, 16 of a language model) at random
-            prefixes of answers to held-out prompts. The squared standard error of the truth is taken off both
-            the squared error and the variance of Q, which is what a constant would err. Explained = 1 - error
-            / variance: 1 is perfect, 0 no better than that constant.
+            number seed modulo 4); another without a quarter of the countries, asked or named; a control on as
+            many rows of all questions. (The SFT model, from which all three start, has seen everything.)
+            DVPO, 30 steps, on new prompts of the unseen sort only, with the GVM that never saw it and with
+            the control; judged on held-out prompts of that sort. Policies: the GVM of all data meets answers
+            of the behaviour policies' mixture, which wrote its data; of SFT; of DVPO's final policy; of SFT
+            at temperature 2; and of a "stranger", a program that is rude and chatty at once, right half of
+            the time, also held against how the mixture would go on from there (what is left is due to unlike
+            text). Values are compared with the true Q of the policy that wrote the answer (200 completions of
+            a program, 16 of a language model) at random prefixes of answers to held-out prompts. The squared
+            standard error of the truth is taken off both the squared error and the variance of Q, which is
+            what a constant would err. Explained = 1 - error / variance.
 Command     python experiments/shift.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/shift.json, .md, .png
 """
@@ -26,6 +24,7 @@ from unittest.mock import patch
 
 import claims                                                 # first: it finds the project's root
 import atlas
+import evaluate
 import matplotlib.pyplot as plt
 import torch
 from claims import cell, claim, minus, verdict
@@ -69,13 +68,6 @@ def value_error(gvm, points):
     return {"error": error, "variance": spread, "explained": explained, "noise": noise ** 0.5}
 
 
-def pair_accuracy(gvm, pairs, tokenizer):
-    """Share of pairs whose better answer has the higher mean token value; a tie counts half."""
-    lines = claims.token_values(gvm, claims.sequences(tokenizer, pairs, "chosen", "rejected"))
-    means = [mean(line[1:]) for line in lines]                # without V(s_1), which is the same for both
-    return mean((a > b) + 0.5 * (a == b) for a, b in zip(means[0::2], means[1::2]))
-
-
 # ---- 2. One seed ----
 def questions_shift(folder, seed, scale, start, online, tokenizer):
     """{sort of question: {"score" of SFT, "without" and "control": {"score", "nats", "length", "pairs",
@@ -101,11 +93,10 @@ def questions_shift(folder, seed, scale, start, online, tokenizer):
     rows = min(max(64, round(scale * ROWS)), *map(len, known.values()))        # for all three the same number
     gvms, sft = {}, online["model"]
     for name, some in known.items():
-        place = folder / f"shift_data_{name}"                 # pairs are compared here, not by train_gvm.py
+        place = folder / f"shift_data_{name}"
         claims.write_lines(place / "scored.jsonl", some[:rows])                # the file is in random order
-        if name in SORTS:
-            claims.write_lines(place / "rl.jsonl", unseen(name, "rl"))
-            claims.write_lines(place / "test_prompts.jsonl", unseen(name, "test_prompts"))
+        for file in ("rl", "test_prompts", "test_pairs") if name in SORTS else ():
+            claims.write_lines(place / f"{file}.jsonl", unseen(name, file))
         gvms[name] = claims.train_gvm(folder / f"shift_gvm_{name}", sft, start | {"data": place})
 
     found = {}
@@ -121,9 +112,12 @@ def questions_shift(folder, seed, scale, start, online, tokenizer):
                               samples=max(2, round(scale * 6)))
         found[sort] = {"unseen": kind if sort == "kind" else sorted(countries), "prompts": len(prompts),
                        "score": judged[sft.name]["score"]}
+        with claims.words_to(folder / f"shift_{sort}_pairs.log"):
+            pairs = evaluate.evaluate_values(evaluate.ValuesArgs(
+                models=[f"{which}={gvm}" for which, gvm in which_gvm.items()], data=str(place)))["models"]
         for which, gvm in which_gvm.items():
             found[sort][which] = judged[runs[which].name] | value_error(gvm, points)
-            found[sort][which]["pairs"] = pair_accuracy(gvm, unseen(sort, "test_pairs"), tokenizer)
+            found[sort][which]["pairs"] = pairs[which]["pair_accuracy"]["mean"]["mean"]
     return found
 
 

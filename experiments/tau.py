@@ -2,19 +2,18 @@
 
 Hypothesis  Section 3.2: Q(tau, s, a) is told by tau, question-answer pairs "randomly sampled from the policy
             in question", whose value is asked for. Then it errs less than a value model without tau about the
-            policies in its data, about one that is not in its data, and about a language model that training
-            has moved; and DVPO gets further with it. The released code has no tau.
-Method      One world per seed. Value models with K = 0, 1, 2, 4 pairs, one pass over the same 3,000 rows: 187
-            updates, a sixth of what the GVM of other experiments gets. One behaviour policy is left out of
-            them, another one for each seed (the SFT model that all start from has read its answers, with no
-            names on them). Squared error against the true Q (a) of the behaviour policy that wrote a held-out
-            answer, tau from its other answers; (b) of the SFT model and of DVPO's final policy at one token
-            of their own held-out answers, with tau of that very model (right), or with what the other of the
-            two answered to the same questions (wrong). What the Monte Carlo error of the truth adds is taken
-            off. Centred error: what is left without the bias, as whitening takes a constant off DVPO's
-            advantages. (c) DVPO with each value model, tau from the policy's latest rollouts. In training
-            every tau is of one behaviour policy; a language model that has learned from all five mixes their
-            manners, so its tau is of a new kind.
+            policies in its data, about one that is not, and about a language model that training has moved;
+            and DVPO gets further with it. The released code has no tau.
+Method      One world per seed. Value models with K = 0, 1, 2, 4 pairs, one pass over the same 3,000 rows, a
+            sixth of the updates of other experiments' GVM. One behaviour policy is left out of them, another
+            one for each seed (the SFT model has read its answers, with no names on them). Squared error
+            against the true Q (a) of the behaviour policy that wrote a held-out answer, tau from its other
+            answers; (b) of the SFT model and of DVPO's final policy at one token of their own held-out
+            answers, with tau of that very model (right), or with what the other of the two answered to the
+            same questions (wrong). What the Monte Carlo error of the truth adds is taken off. Centred error:
+            what is left without the bias. (c) DVPO with each value model, tau from the policy's latest
+            rollouts. In training every tau is of one behaviour policy; a language model mixes the manners of
+            all five, so its tau is of a new kind.
 Command     python experiments/tau.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/tau.json, .md, .png
 """

@@ -6,15 +6,13 @@ Hypothesis  The GVM ranks answers as well as the reward model trained on the sam
             and few rollouts.
 Method      The models of experiments/compare.py: GVM of scores, GVM of pairs (+1/-1), reward model, and the
             critic that PPO ends with, started from that reward model. Three sets of held-out pairs: Atlas's
-            own; the trained policies' answers to the same questions (a shift of the answers); Atlas's own
-            with words in front of every question (a shift of the questions). An answer's score is an
-            aggregate of its token values. The critic says V(s_t), the value before a token: at the last, END,
-            it has none. Against the true Q of the behaviour policy that wrote the answer: mean squared error
-            at the first, middle and last token, without what the truth's Monte Carlo error adds. Reward model
-            and critic have no scale of their own, so every model's values are first mapped by the straight
-            line that best predicts the rewards of 1,000 training answers from the last token's values. (The
-            critic learned the values of PPO's own policy, KL costs included: its error here says how far
-            those are from the truth about the data, not how well it learned.)
+            own; the trained policies' answers to the same questions; Atlas's own with words in front of every
+            question. An answer's score is an aggregate of its token values. The critic says V(s_t), the value
+            before a token: at the last, END, it has none. Against the true Q of the behaviour policy that
+            wrote the answer: mean squared error at the first, middle and last token, without what the truth's
+            Monte Carlo error adds; every model's values are first mapped by the straight line that best
+            predicts the rewards of 1,000 training answers from the last token's values. (The critic learned
+            the values of PPO's own policy, KL costs included.)
 Command     python experiments/value_models.py --seeds 11 12 13 14 15    (after compare.py)
 Result      experiments/results/value_models.json and .md
 """
@@ -64,7 +62,7 @@ def run_seed(folder):
             "words in front of the question": [row | {"prompt": IN_FRONT + row["prompt"]} for row in own]}
     train = rng.sample(read_lines(folder / "data" / "scored.jsonl"), 1000)
     known, rewards = read_lines(folder / "data" / "test_scored.jsonl"), [row["reward"] for row in train]
-    known, truths = rng.sample(known, TRUTHS), []             # [(row, place, tokens read, true Q, noise), ...]
+    known, truths = rng.sample(known, TRUTHS), []             # (row, place, tokens read, true Q, noise)
     for i, row in enumerate(known):
         said = evaluate.encode_response(tokenizer, row["response"])
         for place, count in zip(PLACES, (1, len(said) // 2, len(said) - 1, len(said))):
@@ -121,8 +119,8 @@ def main():
             for name in ("GVM", "GVM, pairs")]
     lines += ["", f"Minus PPO's critic, mean value, Atlas's own pairs: {'; '.join(gaps)}.", "",
               "## Mean squared error against the true Q", "",
-              f"{TRUTHS} held-out answers per seed, {COMPLETIONS} completions of each prefix. The critic says "
-              "nothing of the last token: it speaks before a token, and nothing follows END.", "",
+              f"{TRUTHS} held-out answers per seed, {COMPLETIONS} completions of each. The critic is silent "
+              "about the last token: it speaks before a token, and nothing follows END.", "",
               *claims.table(f"model | {' | '.join(PLACES)}", [
                   [name, *(per_seed(name, "mse", place) if place in per_seed(name, "mse")[0] else ""
                            for place in PLACES)] for name in [*MODELS, "the mean reward"]])]
