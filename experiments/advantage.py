@@ -37,7 +37,7 @@ GVMS = {
     "td 1": ("gvm_td_1", {"supervision": "scores", "td_lambda": 1.0}),
     "pairs": ("gvm_pairs", {"supervision": "pairs"}),
 }
-USED, SCORES = "gae 0.95", "td 0.95"                          # the scripts' defaults; what the claims are about
+USED, SCORES = "gae 0.95", "td 0.95"                          # the scripts' defaults: what claims are about
 
 
 # ---- 1. One seed ----

@@ -337,8 +337,8 @@ def run(doc, run_seed, answer):
     """An experiment, from the command line to experiments/results/NAME.json, .md and .png.
 
     doc       its docstring               run_seed(folder, seed, scale) -> what one seed found, for JSON
-    answer(seeds, per_seed) -> {claim: (verdict, numbers)}, lines of markdown, a sentence, a matplotlib figure;
-              seeds is {seed: what it found}, per_seed("a", "b") is [found["a"]["b"] of every seed]
+    answer(seeds, per_seed) -> {claim: (verdict, numbers)}, lines of markdown, a sentence, a picture; seeds is
+              {seed: what it found}, per_seed("a", "b") is [found["a"]["b"] of every seed]
     """
     args, started = parser(doc).parse_args(), time.time()
     seeds, name = over_seeds(run_seed, args), Path(run_seed.__code__.co_filename).stem

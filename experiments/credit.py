@@ -101,12 +101,6 @@ def rates_by_chance(truths):
     return {"exact": mean(1 / T for T, _ in tokens), "near": near, "correlation": 0.0}
 
 
-def worth_showing(prompt, response):
-    """Sorts answers: such as fall for a false premise last, and Figure 3's question at the very end."""
-    figure_3 = prompt == "As an island, is Beijing located in Asia?"
-    return ", and it is in" in response, figure_3, "Beijing" in prompt, -len(response)
-
-
 def run_seed(folder, seed, scale):
     """{"truth", "chance", estimator: {measure: number}}, the truth's error, and a worked example."""
     sft, start, online = claims.base(folder, seed, scale)
@@ -116,29 +110,22 @@ def run_seed(folder, seed, scale):
     gvms += [claims.train_gvm(folder / f"gvm_td_{x:.0f}", sft, start, td_lambda=x) for x in (0.0, 1.0)]
 
     _, tokenizer = claims.load_policy(sft)
-    usable = with_one_wrong_fact(claims.read_lines(start["data"] / "test_scored.jsonl"))
-    rows = usable[:max(4, round(scale * ANSWERS))]
-    # The example is measured like the others, but not counted with them: it was not drawn at random.
-    example = max(usable, key=lambda row: worth_showing(row["prompt"], row["response"]))
-    shown, n = [*rows, example], max(4, round(scale * COMPLETIONS))
-    sequences = claims.sequences(tokenizer, shown)
-    truths = [truth_of(tokenizer, row, ids, n) for row, (_, ids) in zip(shown, sequences)]
-    advantages = {}
+    rows = with_one_wrong_fact(claims.read_lines(start["data"] / "test_scored.jsonl"))
+    rows, n = rows[:max(4, round(scale * ANSWERS))], max(4, round(scale * COMPLETIONS))
+    sequences = claims.sequences(tokenizer, rows)
+    truths = [truth_of(tokenizer, row, ids, n) for row, (_, ids) in zip(rows, sequences)]
+    found = {}
     for name, model in zip(ESTIMATORS, (*gvms, ppo / "critic", reward_model), strict=True):
-        advantages[name] = [differences([line[place] for place in truth["places"]])
-                            for line, truth in zip(claims.token_values(model, sequences), truths)]
-
-    *truths, truth = truths
+        lines = claims.token_values(model, sequences)
+        found[name] = compare([differences([line[place] for place in truth["places"]])
+                               for line, truth in zip(lines, truths)], truths)
     true = [a for truth in truths for a in truth["advantages"]]
     noise = mean(variance for truth in truths for variance in truth["variances"])
     measured = compare([truth["advantages"] for truth in truths], truths)
     # A perfect estimator's correlation with a truth that is only known up to its Monte Carlo error.
     measured["correlation"] = max(0.0, 1 - noise / pvariance(true)) ** 0.5
     return {"answers": len(rows), "tokens": len(true) / len(rows), "error of the truth": noise ** 0.5,
-            "spread of the truth": pstdev(true), "truth": measured, "chance": rates_by_chance(truths),
-            **{name: compare(lines[:-1], truths) for name, lines in advantages.items()},
-            "example": {"prompt": example["prompt"], "tokens": truth["tokens"], "wrong": truth["wrong"],
-                        "true": truth["advantages"], "GVM": advantages[OURS][-1]}}
+            "spread of the truth": pstdev(true), "truth": measured, "chance": rates_by_chance(truths)}
 
 
 # ---- 3. The answer ----
@@ -161,13 +148,6 @@ def answer(seeds, per_seed):
                f"tokens. True advantages: standard error {cell(per_seed('error of the truth'))} (root mean "
                f"square), spread {cell(per_seed('spread of the truth'))}. The truth's correlation is that of "
                "a perfect estimator with a truth of that error."]
-    best, example = max(zip(seeds, per_seed("example")),
-                        key=lambda item: worth_showing(item[1]["prompt"], "".join(item[1]["tokens"])))
-    words = [token.strip() for token in example["tokens"]]
-    tables += ["", f"A worked example (seed {best}): \"{example['prompt']}\" The wrong token is bold.", "",
-               *claims.table("token | true advantage | GVM's advantage", [
-                   [f"**{word}**" if i == example["wrong"] else word, f"{true:+.3f}", f"{estimate:+.3f}"]
-                   for i, (word, true, estimate) in enumerate(zip(words, example["true"], example["GVM"]))])]
 
     picture, panel = plt.subplots(figsize=(8, 4.2), layout="constrained")
     x = range(len(ESTIMATORS))

@@ -55,14 +55,12 @@ RIVALS = {"q, sum of later KL": "q", "q, not whitened": "q"}  # compared with q,
 
 # ---- 1. One seed ----
 def shuffled(data, target, seed):
-    """A copy of the data folder in which scored.jsonl's rewards have changed places."""
-    for file in data.glob("*.jsonl"):
-        rows = claims.read_lines(file)
-        if file.name == "scored.jsonl":
-            rewards = [row["reward"] for row in rows]
-            random.Random(seed).shuffle(rewards)
-            rows = [row | {"reward": reward} for row, reward in zip(rows, rewards)]
-        claims.write_lines(target / file.name, rows)
+    """The data of a GVM, in which scored.jsonl's rewards have changed places."""
+    rows = claims.read_lines(data / "scored.jsonl")
+    rewards = random.Random(seed).sample([row["reward"] for row in rows], len(rows))
+    rows = [row | {"reward": reward} for row, reward in zip(rows, rewards)]
+    claims.write_lines(target / "scored.jsonl", rows)
+    claims.write_lines(target / "test_pairs.jsonl", claims.read_lines(data / "test_pairs.jsonl"))
     return target
 
 

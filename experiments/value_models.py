@@ -16,9 +16,8 @@ Method      The models of experiments/compare.py: GVM of scores, GVM of pairs (+
 Command     python experiments/value_models.py --seeds 11 12 13 14 15    (after compare.py)
 Result      experiments/results/value_models.json and .md
 """
-import argparse
 import random
-from pathlib import Path
+from functools import partial
 from statistics import linear_regression, mean
 
 import claims                                                 # first: it finds the project's root
@@ -33,6 +32,7 @@ IN_FRONT = "I have a question before my trip. "
 TRUTHS, COMPLETIONS = 400, 200                                # answers with a known truth; of each prefix
 
 
+# ---- 1. Answers and scores ----
 def pairs_of_policies(folder, rng):
     """Pairs of answers that the trained policies gave to the same held-out question, the better one first."""
     by_prompt, pairs = {}, []
@@ -54,15 +54,16 @@ def accuracies(values):
             for name, x in evaluate.response_scores(q, is_response).items()}
 
 
-def run_seed(folder):
+# ---- 2. One seed ----
+def run_seed(folder, seed, scale):
     """{model: {"pairs": {set: {aggregate: accuracy}}, "mse": {place: error}}} of one seed."""
     (_, tokenizer), rng = claims.load_policy(folder / "sft"), random.Random(0)
     own = read_lines(folder / "data" / "test_pairs.jsonl")
     sets = {"own": own, "answers of trained policies": pairs_of_policies(folder, rng),
             "words in front of the question": [row | {"prompt": IN_FRONT + row["prompt"]} for row in own]}
-    train = rng.sample(read_lines(folder / "data" / "scored.jsonl"), 1000)
+    train = rng.sample(read_lines(folder / "data" / "scored.jsonl"), round(scale * 1000))
     known, rewards = read_lines(folder / "data" / "test_scored.jsonl"), [row["reward"] for row in train]
-    known, truths = rng.sample(known, TRUTHS), []             # (row, place, tokens read, true Q, noise)
+    known, truths = rng.sample(known, round(scale * TRUTHS)), []
     for i, row in enumerate(known):
         said = evaluate.encode_response(tokenizer, row["response"])
         for place, count in zip(PLACES, (1, len(said) // 2, len(said) - 1, len(said))):
@@ -91,21 +92,11 @@ def run_seed(folder):
     return results
 
 
+# ---- 3. The answer ----
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13, 14, 15])
-    parser.add_argument("--runs", default="runs/compare", help="the runs of experiments/compare.py")
-    parser.add_argument("--output", default=str(claims.ROOT / "experiments/results"), help="for the result")
-    args, seeds = parser.parse_args(), {}
-    for seed in args.seeds:
-        folder = Path(args.runs) / f"seed{seed}"
-        if not (folder / "eval" / "answers.jsonl").exists():
-            raise SystemExit(f"error: {folder}: not finished. Run make compare first")
-        seeds[str(seed)] = run_seed(folder)
-
-    def per_seed(*keys):
-        return claims.per_seed(seeds, *keys)
-
+    args = claims.parser(__doc__, [11, 12, 13, 14, 15], "runs/compare").parse_args()
+    seeds = claims.over_seeds(run_seed, args)
+    per_seed = partial(claims.per_seed, seeds)
     made = f"python experiments/value_models.py --seeds {' '.join(seeds)}"
     lines = ["# Value models: GVM, ScalarRM, PPO's critic", "",
              f"`{made}`, commit {claims.commit()}. Mean over the seeds, 95 % interval (Student's t).", "",
