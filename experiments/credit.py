@@ -22,7 +22,7 @@ from statistics import correlation, mean, pstdev, pvariance
 import claims                                                 # first: it finds the project's root
 import atlas
 import matplotlib.pyplot as plt
-from claims import cell, minus, verdict
+from claims import cell, claim, minus
 
 ANSWERS, COMPLETIONS = 150, 200                               # per seed; of every prefix
 ESTIMATORS = ("GVM, lambda 0.95", "GVM, lambda 0", "GVM, lambda 1", "PPO's critic", "token-wise RM")
@@ -73,14 +73,13 @@ def differences(values):
 
 
 def truth_of(tokenizer, row, ids, n):
-    """An answer's tokens without END, their true advantages, and which of them is the wrong one."""
+    """Of an answer's tokens, without END: places, true advantages, which of them is the wrong one."""
     texts = [tokenizer.decode(ids[:count]) for count in range(len(ids))]
     # A prefix may end inside a character: then its token is taken together with the next.
     places = [count for count, text in enumerate(texts) if row["response"].startswith(text)]
     texts = [texts[count] for count in places]
     known = [claims.true_value_of_program("any", row, tokenizer, ids, count, n) for count in places]
-    return {"places": places, "tokens": [after[len(before):] for before, after in zip(texts, texts[1:])],
-            "advantages": differences([value for value, _ in known]),
+    return {"places": places, "advantages": differences([value for value, _ in known]),
             "variances": [a + b for (_, a), (_, b) in zip(known, known[1:])],  # of A: of both its ends
             "wrong": next(i for i, text in enumerate(texts[1:]) if len(text) > row["wrong_character"])}
 
@@ -96,13 +95,13 @@ def compare(advantages, truths):
 
 def rates_by_chance(truths):
     """What a drop at a random token would find: one token of T, or the wrong one and its neighbours."""
-    tokens = [(len(truth["tokens"]), truth["wrong"]) for truth in truths]
+    tokens = [(len(truth["advantages"]), truth["wrong"]) for truth in truths]
     near = mean((min(wrong + 1, T - 1) - max(wrong - 1, 0) + 1) / T for T, wrong in tokens)
     return {"exact": mean(1 / T for T, _ in tokens), "near": near, "correlation": 0.0}
 
 
 def run_seed(folder, seed, scale):
-    """{"truth", "chance", estimator: {measure: number}}, the truth's error, and a worked example."""
+    """{"truth", "chance", estimator: {measure: number}}, and about the answers and the truth's error."""
     sft, start, online = claims.base(folder, seed, scale)
     reward_model = claims.train_reward_model(folder / "reward_model", sft, start)
     ppo = claims.train("baselines.ppo", folder / "ppo", reward_model=reward_model, **online)
@@ -124,8 +123,9 @@ def run_seed(folder, seed, scale):
     measured = compare([truth["advantages"] for truth in truths], truths)
     # A perfect estimator's correlation with a truth that is only known up to its Monte Carlo error.
     measured["correlation"] = max(0.0, 1 - noise / pvariance(true)) ** 0.5
-    return {"answers": len(rows), "tokens": len(true) / len(rows), "error of the truth": noise ** 0.5,
-            "spread of the truth": pstdev(true), "truth": measured, "chance": rates_by_chance(truths)}
+    return found | {"truth": measured, "chance": rates_by_chance(truths), "answers": len(rows),
+                    "tokens": len(true) / len(rows), "error of the truth": noise ** 0.5,
+                    "spread of the truth": pstdev(true)}
 
 
 # ---- 3. The answer ----
@@ -135,9 +135,8 @@ def answer(seeds, per_seed):
         for key, words in (("exact", "finds the wrong token more often than"),
                            ("correlation", "has advantages nearer to the true ones (correlation) than")):
             ours, theirs = per_seed(OURS, key), per_seed(rival, key)
-            gap = minus(ours, theirs)
-            found[f"the GVM (lambda 0.95) {words} {rival}"] = (
-                verdict(gap), f"{cell(ours)} and {cell(theirs)}; difference {cell(gap)}")
+            found[f"the GVM (lambda 0.95) {words} {rival}"] = claim(
+                minus(ours, theirs), f"{cell(ours)} and {cell(theirs)}; difference")
     share = {name: f"{name}: {mean(per_seed(name, 'exact')):.3f}" for name in (*RIVALS, "chance", "truth")}
     finding = (f"In answers with one wrong fact the GVM's largest drop is exactly at the wrong token in "
                f"{mean(per_seed(OURS, 'exact')):.3f} of the cases ({', '.join(share.values())}).")
