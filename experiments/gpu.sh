@@ -79,4 +79,4 @@ print("\n| | here | CPU, demo.json, seed 1 |\n|---|---|---|")
 for name, (here, there) in rows.items():
     print(f"| {name} | {here:.3f} | {there:.3f} |")
 PY
-tail -n +5 "$OUT/compute.md" >>"$OUT/summary.md"; cat "$OUT/summary.md"
+tail -n +4 "$OUT/compute.md" >>"$OUT/summary.md"; cat "$OUT/summary.md"
