@@ -85,6 +85,8 @@ def runs(world):
 @pytest.fixture
 def args(world, runs, tmp_path):
     """args("ppo", field=value, ...): a script's Args, with tiny sizes, that writes to the test's own folder run/."""
+    for name in ("sft", "gvm", "reward_model"):                # now, not under what the test is about to patch
+        runs(name)
     return lambda name, **changes: make_args(world, runs, name, tmp_path / "run", changes)
 
 
