@@ -6,11 +6,11 @@ Hypothesis  The paper fixes the feedback before training; its reviewers asked fo
             training: old rows in their place do less. Few labels often are worth more than many at once.
 Method      One world per seed, 40 steps of 64 rollouts from the same SFT model and the same GVM. A refresh
             (N, M) is one function in front of scoring: every N steps the oracle labels M of the rollouts, and
-            the GVM learns from each of them once, eight at a time beside eight old rows of scored.jsonl, lest
-            it forget (Adam, constant rate 3e-4: updates are in proportion to labels). Control: (5, 64) with
-            old rows in place of the new labels. Beside them DVPO with the frozen GVM, and PPO with its reward
-            model, both without new labels. Value error: the final GVM's last value against the oracle's score
-            of new answers of the final policy.
+            the GVM learns from each of them once, eight at a time beside eight old rows of scored.jsonl, so
+            as not to forget (Adam, constant rate 3e-4: updates are in proportion to labels). Control: (5, 64)
+            with old rows in place of the new labels. Beside them DVPO with the frozen GVM, and PPO with its
+            reward model, both without new labels. Value error: the final GVM's last value against the
+            oracle's score of new answers of the final policy.
 Command     python experiments/refresh.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/refresh.json, .md, .png
 """
