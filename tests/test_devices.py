@@ -1,7 +1,8 @@
 """Every script on a machine that pretends to have a GPU: nothing computes with tensors of two devices.
 
 torch tells torch.device("cpu", 0) from torch.device("cpu"), and computes on the CPU with both. So the first one plays
-the GPU here: which tensors lie on it is noted, tensor by tensor, and what CUDA would refuse is refused.
+the GPU here: which tensors lie on it is noted, tensor by tensor, and what CUDA would refuse is refused. What only a GPU
+can show (its kernels, memory, speed) is not tested.
 """
 import shutil
 from contextlib import contextmanager
