@@ -17,9 +17,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
-import requests
 import torch
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
@@ -114,20 +116,22 @@ def read_answers(files):
 
 def ask(args, key, messages):
     """The text of one chat completion. After what may pass (no connection, 429, 5xx) it is asked again."""
-    request = {"model": args.judge_model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+    body = {"model": args.judge_model, "messages": messages, "temperature": 0, "max_tokens": MAX_TOKENS}
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     for attempt in range(TRIES):
         time.sleep(FIRST_PAUSE * 2 ** (attempt - 1) if attempt else 0)
         try:
-            reply = requests.post(f"{args.judge_url.rstrip('/')}/chat/completions", json=request, timeout=60,
-                                  headers={"Authorization": f"Bearer {key}"})
-            problem = f"HTTP {reply.status_code}: {reply.text}"
-            if reply.status_code == 200:
-                return str(reply.json()["choices"][0]["message"]["content"])
-            if reply.status_code == 400 and "content_filter" in reply.text:    # this answer's problem
+            url = f"{args.judge_url.rstrip('/')}/chat/completions"
+            with urlopen(Request(url, json.dumps(body).encode(), headers), timeout=60) as reply:
+                return str(json.load(reply)["choices"][0]["message"]["content"])
+        except HTTPError as error:
+            text = error.read().decode(errors="replace")
+            problem = f"HTTP {error.code}: {text}"
+            if error.code == 400 and "content_filter" in text:                 # this answer's problem
                 return ""
-            if reply.status_code < 500 and reply.status_code not in (408, 409, 429):
+            if error.code < 500 and error.code not in (408, 409, 429):
                 break
-        except (requests.RequestException, ValueError, LookupError, TypeError) as error:
+        except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
             problem = repr(error)
     raise RuntimeError(problem.replace(key, "***")[:300])
 
