@@ -22,20 +22,18 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedType
 from datasets import load_dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
-from transformers import get_scheduler
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
+                          HfArgumentParser, get_scheduler, logging)
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import logging as transformers_logging
 
 MAX_GRAD_NORM = 1.0                                           # gradient clipping (ours)
 # For base models without a chat template. It is saved with the model: all stages write prompts alike.
@@ -61,7 +59,7 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run twice")
     save_steps: int = HfArg(default=0, help="updates between two checkpoints, of which two are kept; 0: none")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    log_with: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker of the metrics")
+    log_with: str = HfArg(default=None, help="tracker of the metrics: tensorboard, wandb ... (ours: none)")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
@@ -99,7 +97,7 @@ def load_tokenizer(name, template=None):
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
     """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
     made; else a language model, which may get a new one. transformers would load either as the other."""
-    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    logging.set_verbosity_error()                             # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
     if not made_as.endswith(wanted) if trained else "Classification" in made_as:
@@ -267,9 +265,7 @@ def parse_args(cls, argv):
 
 def start_accelerator(args, update_size):
     """The Accelerator, and the rows of a micro-batch: update_size over processes and micro-batches."""
-    tracker = None if args.log_with == "none" else args.log_with
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)          # else it holds gradients twice
-    accelerator = Accelerator(log_with=tracker, project_dir=args.output, kwargs_handlers=[ddp])
+    accelerator = Accelerator(log_with=args.log_with, project_dir=args.output)
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
     torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))

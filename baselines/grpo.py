@@ -38,14 +38,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sle
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object
 from datasets import load_dataset
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          GenerationConfig, HfArgumentParser)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, GenerationConfig, HfArgumentParser, logging)
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import logging as transformers_logging
 
 MAX_GRAD_NORM = 1.0                                           # gradient clipping (ours; released code: none)
 
@@ -75,7 +74,7 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run twice")
     save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    log_with: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker of the metrics")
+    log_with: str = HfArg(default=None, help="tracker of the metrics: tensorboard, wandb ... (ours: none)")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
@@ -113,7 +112,7 @@ def load_tokenizer(name, template=None):
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
     """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
     made; else a language model, which may get a new one. transformers would load either as the other."""
-    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    logging.set_verbosity_error()                             # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
     if not made_as.endswith(wanted) if trained else "Classification" in made_as:
@@ -281,7 +280,7 @@ def score_rollouts(policy, reference, reward_model, sequences, micro_size, pad_i
 
 
 # ---- 5. Training ----
-def ppo_update(accelerator, policy, optimizer, batch, advantage, lengths, micro_size, args):
+def ppo_update(accelerator, model, optimizer, batch, advantage, lengths, micro_size, args):
     """The loss on a batch of rollouts: ppo_epochs passes, in mini-batches, until the target KL is passed.
 
     batch      (ids, is_response, logp_old, logp_ref), each (B, L): this process's rollouts
@@ -298,15 +297,15 @@ def ppo_update(accelerator, policy, optimizer, batch, advantage, lengths, micro_
             micro_batches += mini[lengths[mini].argsort()].split(micro_size)   # sorted: little padding
         for micro in micro_batches:
             ids, is_response, logp_old, logp_ref = [x[micro, :lengths[micro].max()] for x in batch]
-            with accelerator.accumulate(policy):
-                logp = token_logp(policy, ids, is_response)                    # (micro, width)
+            with accelerator.accumulate(model):
+                logp = token_logp(model, ids, is_response)                     # (micro, width)
                 loss = grpo_loss(logp, logp_old, logp_ref, advantage[micro], is_response, args.clip_range,
                                  args.kl_coef)
                 loss = loss_mean(loss, is_response, args.loss_normalisation, mean_length,
                                  args.max_response_length)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:                # the mini-batch is complete
-                    norms.append(clip_grad_norm(accelerator, policy))
+                    norms.append(clip_grad_norm(accelerator, model))
                 optimizer.step()                              # does nothing before that
                 optimizer.zero_grad()
             log_ratio = torch.where(is_response, logp.detach() - logp_old, 0.0)
@@ -357,7 +356,7 @@ def main(args):
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    policy, optimizer = accelerator.prepare(policy.eval(), optimizer)
+    model, optimizer = accelerator.prepare(policy.eval(), optimizer)
     reference = prepare_frozen(accelerator, reference)
     reward_model = prepare_frozen(accelerator, reward_model)
 
@@ -373,15 +372,15 @@ def main(args):
         # 1. Rollouts: y ~ pi_old(.|x)
         clock = [time.time()]
         questions, prompt_ids = zip(*batch)
-        with gathered(accelerator, policy) as plain_policy, accelerator.autocast():
-            responses = rollout(plain_policy, prompt_ids, args.max_response_length, stop_ids)
+        with gathered(accelerator, model) as plain_model, accelerator.autocast():
+            responses = rollout(plain_model, prompt_ids, args.max_response_length, stop_ids)
         sequences = list(zip(prompt_ids, responses))
         clock.append(time.time())
 
         # 2. Fixed during the step: log pi_old, log pi_ref, r(x, y)
         with accelerator.autocast():
             ids, is_response, lengths, logp_old, logp_ref, score = score_rollouts(
-                policy, reference, reward_model, sequences, micro_size, pad_id)
+                model, reference, reward_model, sequences, micro_size, pad_id)
         if not score.isfinite().all():
             fail(f"step {step}: {args.reward_model} gives a score that is not finite")
 
@@ -392,18 +391,18 @@ def main(args):
         clock.append(time.time())
 
         # 4. The loss: epochs of mini-batches
-        policy.train()                                        # gradient checkpointing asks for it
-        metrics = ppo_update(accelerator, policy, optimizer, (ids, is_response, logp_old, logp_ref),
+        model.train()                                         # gradient checkpointing asks for it
+        metrics = ppo_update(accelerator, model, optimizer, (ids, is_response, logp_old, logp_ref),
                              advantage, lengths, micro_size, args)
-        policy.eval()
+        model.eval()
         clock.append(time.time())
 
         # 5. Log and checkpoint
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         rollouts = gather_object([
-            {"step": step, "prompt": prompt, "response": text, "reward": reward, "kl": kl, "entropy": entropy,
+            {"step": step, "prompt": prompt, "response": text, "reward": score, "kl": kl, "entropy": entropy,
              "response_length": len(ids), "eos_rate": float(ids[-1] in stop_ids)}
-            for prompt, text, ids, reward, kl, entropy in zip(questions, texts, responses, *per_answer)])
+            for prompt, text, ids, score, kl, entropy in zip(questions, texts, responses, *per_answer)])
         for name in ("reward", "kl", "entropy", "response_length", "eos_rate"):
             metrics[name] = sum(row[name] for row in rollouts) / len(rollouts)
         for part, began, ended in zip(("generate", "score", "update"), clock, clock[1:]):
@@ -411,7 +410,7 @@ def main(args):
         log_step(accelerator, output, {"step": step} | metrics, rollouts)
         if args.save_steps and step % args.save_steps == 0:
             save_checkpoint(accelerator, output, step)
-    save_run(accelerator, policy, accelerator.get_state_dict(policy), tokenizer, output,
+    save_run(accelerator, model, accelerator.get_state_dict(model), tokenizer, output,
              f"GRPO policy: {args.model} after {args.steps} steps with reward model {args.reward_model}.")
     accelerator.end_training()
 
@@ -434,9 +433,7 @@ def parse_args(cls, argv):
 
 def start_accelerator(args, update_size):
     """The Accelerator, and the rows of a micro-batch: update_size over processes and micro-batches."""
-    tracker = None if args.log_with == "none" else args.log_with
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)          # else it holds gradients twice
-    accelerator = Accelerator(log_with=tracker, project_dir=args.output, kwargs_handlers=[ddp])
+    accelerator = Accelerator(log_with=args.log_with, project_dir=args.output)
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
     torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))

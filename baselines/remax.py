@@ -30,20 +30,18 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import DistributedType, gather_object
 from datasets import load_dataset
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer,
-                          GenerationConfig, HfArgumentParser)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoTokenizer, GenerationConfig, HfArgumentParser, logging)
 from transformers.hf_argparser import HfArg
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import logging as transformers_logging
 
 MAX_GRAD_NORM = 1.0                                           # gradient clipping (ours; released code: none)
 
@@ -66,7 +64,7 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run twice")
     save_steps: int = HfArg(default=0, help="steps between two checkpoints, of which two are kept; 0: none")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    log_with: Literal["none", "tensorboard", "wandb"] = HfArg(default="none", help="tracker of the metrics")
+    log_with: str = HfArg(default=None, help="tracker of the metrics: tensorboard, wandb ... (ours: none)")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
@@ -104,7 +102,7 @@ def load_tokenizer(name, template=None):
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
     """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
     made; else a language model, which may get a new one. transformers would load either as the other."""
-    transformers_logging.set_verbosity_error()                # a new head is expected here, not news
+    logging.set_verbosity_error()                             # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
     if not made_as.endswith(wanted) if trained else "Classification" in made_as:
@@ -255,7 +253,7 @@ def score_rollouts(policy, reference, reward_model, sequences, greedy, micro_siz
 
 
 # ---- 5. Training ----
-def remax_update(accelerator, policy, optimizer, batch, lengths, micro_size):
+def remax_update(accelerator, model, optimizer, batch, lengths, micro_size):
     """One update with a batch of rollouts: on-policy, so every rollout is used once.
 
     batch    (ids, is_response, logp_old, advantage), each (B, L): this process's rollouts
@@ -269,12 +267,12 @@ def remax_update(accelerator, policy, optimizer, batch, lengths, micro_size):
     total, errors = torch.zeros((), device=batch[0].device), []
     for micro in lengths.argsort().split(micro_size):         # rows of like length: little padding
         ids, is_response, logp_old, advantage = [x[micro, :lengths[micro].max()] for x in batch]
-        with accelerator.accumulate(policy):
-            logp = token_logp(policy, ids, is_response)                        # (micro, width)
+        with accelerator.accumulate(model):
+            logp = token_logp(model, ids, is_response)                         # (micro, width)
             loss = remax_loss(logp, advantage, is_response, denominator)
             accelerator.backward(loss)
             if accelerator.sync_gradients:                    # the batch is complete
-                grad_norm = clip_grad_norm(accelerator, policy)
+                grad_norm = clip_grad_norm(accelerator, model)
             optimizer.step()                                  # does nothing before that
             optimizer.zero_grad()
         total += loss.detach() * denominator
@@ -315,7 +313,7 @@ def main(args):
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    policy, optimizer = accelerator.prepare(policy.eval(), optimizer)
+    model, optimizer = accelerator.prepare(policy.eval(), optimizer)
     reference = prepare_frozen(accelerator, reference)
     reward_model = prepare_frozen(accelerator, reward_model)
 
@@ -329,16 +327,16 @@ def main(args):
         # 1. Rollouts: y ~ pi_old(.|x)
         clock = [time.time()]
         questions, prompt_ids = zip(*batch)
-        with gathered(accelerator, policy) as plain_policy, accelerator.autocast():
-            responses = rollout(plain_policy, prompt_ids, args.max_response_length, stop_ids)
-            best = rollout(plain_policy, prompt_ids, args.max_response_length, stop_ids, greedy=True)
+        with gathered(accelerator, model) as plain_model, accelerator.autocast():
+            responses = rollout(plain_model, prompt_ids, args.max_response_length, stop_ids)
+            best = rollout(plain_model, prompt_ids, args.max_response_length, stop_ids, greedy=True)
         sequences, greedy = list(zip(prompt_ids, responses)), list(zip(prompt_ids, best))
         clock.append(time.time())
 
         # 2. Fixed during the step: log pi_old, log pi_ref, r(x, y), r(x, y_greedy)
         with accelerator.autocast():
             ids, is_response, lengths, logp_old, logp_ref, score, score_greedy = score_rollouts(
-                policy, reference, reward_model, sequences, greedy, micro_size, pad_id)
+                model, reference, reward_model, sequences, greedy, micro_size, pad_id)
         if not (score - score_greedy).isfinite().all():
             fail(f"step {step}: {args.reward_model} gives a score that is not finite")
 
@@ -351,18 +349,18 @@ def main(args):
         clock.append(time.time())
 
         # 4. One update
-        policy.train()                                        # gradient checkpointing asks for it
-        metrics = remax_update(accelerator, policy, optimizer, (ids, is_response, logp_old, advantage),
+        model.train()                                         # gradient checkpointing asks for it
+        metrics = remax_update(accelerator, model, optimizer, (ids, is_response, logp_old, advantage),
                                lengths, micro_size)
-        policy.eval()
+        model.eval()
         clock.append(time.time())
 
         # 5. Log and checkpoint
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         rollouts = gather_object([
-            {"step": step, "prompt": prompt, "response": text, "reward": reward, "kl": kl, "entropy": entropy,
+            {"step": step, "prompt": prompt, "response": text, "reward": score, "kl": kl, "entropy": entropy,
              "response_length": len(ids), "eos_rate": float(ids[-1] in stop_ids)}
-            for prompt, text, ids, reward, kl, entropy in zip(questions, texts, responses, *per_answer)])
+            for prompt, text, ids, score, kl, entropy in zip(questions, texts, responses, *per_answer)])
         for name in ("reward", "kl", "entropy", "response_length", "eos_rate"):
             metrics[name] = sum(row[name] for row in rollouts) / len(rollouts)
         for part, began, ended in zip(("generate", "score", "update"), clock, clock[1:]):
@@ -370,7 +368,7 @@ def main(args):
         log_step(accelerator, output, {"step": step} | metrics, rollouts)
         if args.save_steps and step % args.save_steps == 0:
             save_checkpoint(accelerator, output, step)
-    save_run(accelerator, policy, accelerator.get_state_dict(policy), tokenizer, output,
+    save_run(accelerator, model, accelerator.get_state_dict(model), tokenizer, output,
              f"ReMax policy: {args.model} after {args.steps} steps with reward model {args.reward_model}.")
     accelerator.end_training()
 
@@ -393,9 +391,7 @@ def parse_args(cls, argv):
 
 def start_accelerator(args, update_size):
     """The Accelerator, and the rows of a micro-batch: update_size over processes and micro-batches."""
-    tracker = None if args.log_with == "none" else args.log_with
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True)          # else it holds gradients twice
-    accelerator = Accelerator(log_with=tracker, project_dir=args.output, kwargs_handlers=[ddp])
+    accelerator = Accelerator(log_with=args.log_with, project_dir=args.output)
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
     torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
