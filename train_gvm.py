@@ -77,22 +77,29 @@ class Args:
 
 # ---- 2. Data and models: rows, tokens, batches ----
 def read_rows(data, split, *fields, tokenizer=None):
-    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields, and with a
-    tokenizer the ids of the prompt, "prompt_ids"."""
-    path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
-    if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
+    """The rows of data/split.jsonl, or of a hub data set ORG/NAME:SPLIT: dicts that have these fields, and
+    with a tokenizer the ids of the prompt, "prompt_ids"."""
+    path, (name, _, hub_split) = Path(data, f"{split}.jsonl"), data.partition(":")
+    if not path.is_file() and (Path(data).exists() or name.count("/") != 1):
         fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
-    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(data, split=hub_split))
+    # Without SPLIT: "train" or "test"; but "rl" for RL, whose prompts must not be those of the value model.
+    hub_split = hub_split or ("test" if split.startswith("test_") else "rl" if split == "rl" else "train")
+    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(name, split=hub_split))
     for i, row in enumerate(rows):
         try:
             rows[i] = json.loads(row) if isinstance(row, str) else row
+            for field in {"response", "chosen", "rejected"} & rows[i].keys():
+                if isinstance(rows[i][field], list):          # TRL's explicit form: a list of one message
+                    [message] = rows[i][field]
+                    rows[i][field] = message["content"]
             values = [rows[i][field] for field in fields]
             if any(x in (None, []) or x != x or not str(x).strip() for x in values):
                 raise ValueError("empty or NaN")
             if tokenizer:
                 rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
         except Exception as problem:                          # bad JSON, no such field, no such template
-            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
+            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r}). "
+                 "data/prepare_data.py leaves such rows out")
     return rows
 
 
@@ -119,6 +126,9 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
         if isinstance(module, torch.nn.Dropout):              # else the ratio of a policy to itself is not 1
             module.p = 0.0
     context = getattr(config.get_text_config(), "max_position_embeddings", length)
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":    # beyond it a long row would change all others of its batch
+        context = rope["original_max_position_embeddings"]
     if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
     if model.can_generate():                                  # where answers end: by template, by model
@@ -344,7 +354,7 @@ def main(args):
         fail(f"{args.data}: the rewards' deviation is {std}: nothing to learn")
     rewards = ((rewards - mean) / std).float()
     held_out = []
-    if not Path(args.data).is_dir() or Path(args.data, "test_pairs.jsonl").is_file():
+    if Path(args.data, "test_pairs.jsonl").is_file():
         held_out = read_trajectories(args, tokenizer, "test_pairs", "pairs")
     pools = pool_by_policy(data)
 

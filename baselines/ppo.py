@@ -31,7 +31,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
 import torch
@@ -59,7 +58,7 @@ class Args:
     data: str = HfArg(default="runs/atlas/data", help="data folder with rl.jsonl, or hub data set")
     output: str = HfArg(default="runs/atlas/ppo", help="run folder to write")
     overwrite: bool = HfArg(default=False, help="replace the run that is in --output")
-    critic_init: Literal["reward_model", "sft"] = HfArg(default="reward_model", help="the critic's start")
+    critic_init: str = HfArg(default="reward_model", help="its start: reward_model, sft, or a GVM's folder")
     critic_lr: float = HfArg(default=5e-4, help="learning rate of the critic, constant (paper: 2e-6 for all)")
     gae_lambda: float = HfArg(default=0.95, help="lambda of GAE (common: 0.95)")
     kl_coef: float = HfArg(default=0.05, help="beta of the KL penalty (paper: 0.05)")
@@ -82,22 +81,29 @@ class Args:
 
 # ---- 2. Data and models: rows, tokens, batches ----
 def read_rows(data, split, *fields, tokenizer=None):
-    """The rows of data/split.jsonl, or of a hub data set ORG/NAME: dicts that have these fields, and with a
-    tokenizer the ids of the prompt, "prompt_ids"."""
-    path, hub_split = Path(data, f"{split}.jsonl"), "test" if split.startswith("test_") else "train"
-    if not path.is_file() and (Path(data).exists() or data.count("/") != 1):
+    """The rows of data/split.jsonl, or of a hub data set ORG/NAME:SPLIT: dicts that have these fields, and
+    with a tokenizer the ids of the prompt, "prompt_ids"."""
+    path, (name, _, hub_split) = Path(data, f"{split}.jsonl"), data.partition(":")
+    if not path.is_file() and (Path(data).exists() or name.count("/") != 1):
         fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
-    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(data, split=hub_split))
+    # Without SPLIT: "train" or "test"; but "rl" for RL, whose prompts must not be those of the value model.
+    hub_split = hub_split or ("test" if split.startswith("test_") else "rl" if split == "rl" else "train")
+    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(name, split=hub_split))
     for i, row in enumerate(rows):
         try:
             rows[i] = json.loads(row) if isinstance(row, str) else row
+            for field in {"response", "chosen", "rejected"} & rows[i].keys():
+                if isinstance(rows[i][field], list):          # TRL's explicit form: a list of one message
+                    [message] = rows[i][field]
+                    rows[i][field] = message["content"]
             values = [rows[i][field] for field in fields]
             if any(x in (None, []) or x != x or not str(x).strip() for x in values):
                 raise ValueError("empty or NaN")
             if tokenizer:
                 rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
         except Exception as problem:                          # bad JSON, no such field, no such template
-            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r})")
+            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r}). "
+                 "data/prepare_data.py leaves such rows out")
     return rows
 
 
@@ -124,6 +130,9 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
         if isinstance(module, torch.nn.Dropout):              # else the ratio of a policy to itself is not 1
             module.p = 0.0
     context = getattr(config.get_text_config(), "max_position_embeddings", length)
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":    # beyond it a long row would change all others of its batch
+        context = rope["original_max_position_embeddings"]
     if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
     if model.can_generate():                                  # where answers end: by template, by model
@@ -329,15 +338,24 @@ def score_rollouts(model, reference, reward_model, sequences, micro_size, pad_id
 
 # ---- 5. Training ----
 def new_critic(args, reward_model, scale, *sizes):
-    """A value for each token. It starts at 0; or at the score, standardised, that the reward model would give
-    if the answer ended there. Its head is w * h + b, the critic's (w * h + b - mean) / std."""
-    critic = load_model(AutoModelForTokenClassification, args.model, *sizes, num_labels=1)
+    """A value for each token. It starts as a trained GVM, whose Q_{t-1} is V(s_t): value pretraining, between
+    PPO and DVPO; at 0; or at the score, standardised, that the reward model would give if the answer ended
+    there. Its head is w * h + b, the critic's (w * h + b - mean) / std."""
+    start = {"sft": args.model, "reward_model": args.reward_model}.get(args.critic_init, args.critic_init)
+    is_gvm = start not in (args.model, args.reward_model)
+    if is_gvm and load_tokenizer(start).get_vocab() != sizes[0].get_vocab():
+        fail(f"{start}: another tokenizer than {args.model}. Train it from this model")
+    critic = load_model(AutoModelForTokenClassification, start if is_gvm else args.model, *sizes,
+                        trained=is_gvm, num_labels=1)
     critic.config.critic = True                               # for evaluate.py: V(s_t), read before the token
+    if is_gvm:
+        critic.config.gvm = {}                                # no longer what train_gvm.py made
+        return critic
     head, reward_head = [getattr(m, "score", None) or m.classifier for m in (critic, reward_model)]
     with torch.no_grad():
         head.weight.zero_()
         head.bias.zero_()
-        if args.critic_init == "reward_model":
+        if start == args.reward_model:
             critic.base_model.load_state_dict(reward_model.base_model.state_dict())
             bias = 0.0 if reward_head.bias is None else reward_head.bias.item()
             head.weight.copy_(reward_head.weight / scale["reward_std"])

@@ -8,7 +8,8 @@ prompt*: all answers to a prompt fall into one part, or the value model would be
 was trained on. A prompt as a string and the same as a single user message is one prompt.
 
 Data are cleaned here, and nowhere else. What cannot be used (bad JSON, a row of another format, a prompt or
-an answer without text, repeated answers, ties) is left out and counted; left_out.txt names each row.
+an answer without text, two turns of one role in a row, repeated answers, ties; with --tokenizer, a prompt
+that the model's chat template refuses) is left out and counted; left_out.txt names each row.
 """
 import gzip
 import json
@@ -23,11 +24,12 @@ from pathlib import Path
 from typing import Literal
 
 from datasets import load_dataset
+from jinja2 import TemplateError
 from transformers.hf_argparser import HfArg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from atlas import write_files  # noqa: E402
-from evaluate import fail, parse_args  # noqa: E402
+from evaluate import encode_prompt, fail, load_tokenizer, parse_args  # noqa: E402
 
 
 # ---- 1. Arguments ----
@@ -38,6 +40,7 @@ class Args:
     input: str = HfArg(default="", help="file (.json, .jsonl, either with .gz), or hub data set ORG/NAME")
     output: str = HfArg(default="", help="data folder to write")
     overwrite: bool = HfArg(default=False, help="replace the data folder that is there")
+    tokenizer: str = HfArg(default="", help="model whose chat template has to accept the prompts")
     prompts: str = HfArg(default="", help="file of prompt_id and prompt, for rows that only have a prompt_id")
     hub_split: str = HfArg(default="train", help="split of a hub data set")
     split: list[float] = HfArg(default_factory=lambda: [0.4, 0.3, 0.2, 0.1], help="shares of the prompts: "
@@ -54,7 +57,18 @@ class Question:
     pairs: dict = field(default_factory=dict)                 # {(chosen, rejected): the row's other fields}
 
 
+class LeftOut(Exception):
+    """Why a row is left out, in words of ours."""
+
+
 # ---- 2. Formats: row -> (prompt, [(response, reward, policy)], [{"chosen", "rejected", ...}]) ----
+def split_chats(chosen, rejected):
+    """(prompt, chosen answer, rejected answer) of two chats that are the same up to the last message."""
+    if chosen[:-1] != rejected[:-1] or not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
+        raise LeftOut("chosen and rejected are not two answers to one prompt")
+    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+
+
 def from_ultrafeedback(row, prompts):
     """openbmb/UltraFeedback: one instruction, up to four completions with an overall_score of 1 to 10."""
     return row["instruction"], [(c["response"], c.get("overall_score"), c.get("model"))
@@ -62,9 +76,10 @@ def from_ultrafeedback(row, prompts):
 
 
 def from_binarized(row, prompts):
-    """HuggingFaceH4/ultrafeedback_binarized: chosen and rejected are chats that end with the answer."""
-    return row["prompt"], [(row[side][-1]["content"], row[f"score_{side}"], None)
-                           for side in ("chosen", "rejected")], []
+    """HuggingFaceH4/ultrafeedback_binarized: chosen and rejected are chats that end with the answer. What
+    stands before it is the prompt: also a system message or earlier turns, which the field prompt lacks."""
+    prompt, chosen, rejected = split_chats(row["chosen"], row["rejected"])
+    return prompt, [(chosen, row["score_chosen"], None), (rejected, row["score_rejected"], None)], []
 
 
 def from_hh(row, prompts):
@@ -74,24 +89,29 @@ def from_hh(row, prompts):
         turns = re.split(r"\n\n(Human|Assistant): ?", row[side])[1:]
         chats[side] = [{"role": "user" if who == "Human" else "assistant", "content": text.strip()}
                        for who, text in zip(turns[0::2], turns[1::2])]
-    *prompt, answer = chats["chosen"]
-    if chats["rejected"][:-1] != prompt or answer["role"] != "assistant":
-        raise ValueError("not the same prompt on both sides, or no answer after it")
-    return prompt, [], [{side: chats[side][-1]["content"] for side in chats}]
+    prompt, chosen, rejected = split_chats(**chats)
+    return prompt, [], [{"chosen": chosen, "rejected": rejected}]
 
 
 def from_alpaca_eval(row, prompts):
-    """AlpacaEval: its annotations.json (preference 1 to 2; 2: output_2 is better), or scored answers."""
+    """AlpacaEval: scored answers, or annotations.json: preference 1 to 2 (output_2 is better), 0: a draw."""
     if "preference" in row:
-        return row["instruction"], [(row["output_2"], row["preference"] - 1, row.get("generator_2"))], []
+        preference = 1.5 if row["preference"] == 0 else row["preference"]
+        if not 1 <= preference <= 2:
+            raise LeftOut("preference that is not 0, nor 1 to 2")
+        return row["instruction"], [(row["output_2"], preference - 1, row.get("generator_2"))], []
     return prompts[row["prompt_id"]], [(row["response"], row["reward"], row.get("policy"))], []
 
 
 def from_jsonl(row, prompts):
-    """The project's own rows: {prompt, response, reward?, policy?} or {prompt, chosen, rejected, ...}."""
+    """The project's own rows: {prompt, response, reward?, policy?} or {prompt, chosen, rejected, ...}; and
+    TRL's, whose answers are lists of messages: the answer alone, or with the prompt before it."""
     if "chosen" in row:
         fields = [f"{kind}{side}" for kind in ("", "score_", "policy_") for side in ("chosen", "rejected")]
-        return row["prompt"], [], [{key: row[key] for key in fields if row.get(key) is not None}]
+        pair, before = {key: row[key] for key in fields if row.get(key) is not None}, []
+        if isinstance(row["chosen"], list):
+            before, pair["chosen"], pair["rejected"] = split_chats(row["chosen"], row["rejected"])
+        return before or row["prompt"], [], [pair]
     return row["prompt"], [(row["response"], row.get("reward"), row.get("policy"))], []
 
 
@@ -123,7 +143,9 @@ def clean_prompt(prompt):
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [{"role": message["role"], "content": message["content"]} for message in messages]
     if messages[-1]["role"] != "user" or not all(is_text(message["content"]) for message in messages):
-        raise ValueError("a prompt with an empty message, or that does not end with the user's")
+        raise LeftOut("prompt with an empty message, or that does not end with the user's")
+    if any(one["role"] == other["role"] for one, other in zip(messages, messages[1:])):
+        raise LeftOut("prompt with two turns of one role in a row")
     return messages[0]["content"] if len(messages) == 1 else messages
 
 
@@ -137,7 +159,7 @@ def number(x):
 
 def read_questions(args):
     """([Question, ...], [(reason, place), ...] of what is left out). Rows of one prompt are one question."""
-    prompts = {}
+    prompts, tokenizer = {}, load_tokenizer(args.tokenizer) if args.tokenizer else None
     for _, row in read_raw(args.prompts, "") if args.prompts else ():
         row = json.loads(row) if isinstance(row, bytes) else row
         prompts[row["prompt_id"]] = row["prompt"]
@@ -147,8 +169,13 @@ def read_questions(args):
             row = json.loads(row) if isinstance(row, bytes) else row
             prompt, answers, pairs = FORMATS[args.format](row, prompts)
             prompt = clean_prompt(prompt)
+            if tokenizer:
+                encode_prompt(tokenizer, prompt)
         except Exception as problem:                          # whatever a row of another format leads to
-            left_out.append((f"not a usable row of the format {args.format}", f"{place}: {problem!r}"))
+            reason = (str(problem) if isinstance(problem, LeftOut) else
+                      "prompt that the chat template refuses" if isinstance(problem, TemplateError) else
+                      f"not a usable row of the format {args.format}")
+            left_out.append((reason, f"{place}: {problem!r}"))
             continue
         question = questions.setdefault(json.dumps(prompt), Question(prompt))
         for response, reward, policy in answers:

@@ -28,7 +28,7 @@ def refused(args, tmp_path):
 
 # ---- rows ----
 @pytest.mark.parametrize("line, problem", [
-    ('{"prompt": "a"', "JSONDecodeError"), ("", "JSONDecodeError"), ("7", "TypeError"), ('["a"]', "not a row"),
+    ('{"prompt": "a"', "JSONDecodeError"), ("", "JSONDecodeError"), ("7", "AttributeError"), ('["a"]', "not a row"),
     ('{"response": "b", "reward": 1}', "KeyError.'prompt'"), ('{"prompt": "a", "response": "b"}', "KeyError.'reward'"),
     ('{"prompt": "", "response": "b", "reward": 1}', "empty"), ('{"prompt": [], "response": "b", "reward": 1}', "empty"),
     ('{"prompt": "a", "response": " \\n", "reward": 1}', "empty"), ('{"prompt": "a", "response": null, "reward": 1}', "empty"),
@@ -45,10 +45,50 @@ def test_a_good_row_is_left_as_it_is(tmp_path):
 
 
 def test_a_hub_data_set(monkeypatch):
-    asked = []
-    monkeypatch.setattr(sft, "load_dataset", lambda name, split: asked.append((name, split)) or [GOOD])
+    """RL never reads by accident the prompts that the value model learned from; other splits are named."""
+    asked, splits = [], {"train": [GOOD], "test": [GOOD], "rl": [PAIR], "train_prefs": [PAIR]}
+    monkeypatch.setattr(sft, "load_dataset", lambda name, split: asked.append((name, split)) or list(splits[split]))
     assert sft.read_rows("org/name", "sft", "prompt") == sft.read_rows("org/name", "test_pairs", "prompt") == [GOOD]
-    assert asked == [("org/name", "train"), ("org/name", "test")]
+    assert sft.read_rows("org/name", "rl", "prompt") == sft.read_rows("org/name:train_prefs", "pairs", "prompt") == [PAIR]
+    assert asked == [("org/name", "train"), ("org/name", "test"), ("org/name", "rl"), ("org/name", "train_prefs")]
+
+
+def test_a_hub_data_set_without_a_test_split_trains(args, monkeypatch, tmp_path):
+    for module, name in ((train_gvm, "gvm"), (script("reward_model"), "reward_model")):
+        rows = [GOOD | {"reward": n / 9} if name == "gvm" else PAIR | {"chosen": f"{n}"} for n in range(32)]
+
+        def only_train(name, split, rows=rows):
+            return rows if split == "train" else fails_to_load(split)
+        monkeypatch.setattr(module, "load_dataset", only_train)
+        module.main(args(name, data="org/name", output=tmp_path / name))
+        assert (tmp_path / name / "model.safetensors").exists()
+
+
+def fails_to_load(split):
+    raise ValueError(f"Unknown split {split!r}")
+
+
+def test_answers_as_lists_of_one_message(tmp_path):
+    """TRL's explicit form of preferences. Lists of more messages hold a prompt: prepare_data.py knows what to do."""
+    said = [{"role": "assistant", "content": "No."}]
+    row = {"prompt": [{"role": "user", "content": "Is Peru an island?"}], "chosen": said, "rejected": [said[0] | {"content": "Yes."}]}
+    write_rows(tmp_path / "pairs.jsonl", [row])
+    assert sft.read_rows(str(tmp_path), "pairs", "prompt", "chosen", "rejected") == [row | {"chosen": "No.", "rejected": "Yes."}]
+    write_rows(tmp_path / "pairs.jsonl", [row | {"chosen": row["prompt"] + said}])
+    fails(lambda: sft.read_rows(str(tmp_path), "pairs", "prompt", "chosen"), r"pairs.jsonl:1: .*data/prepare_data.py")
+
+
+def test_the_template_has_the_last_word_on_a_row(runs, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(runs("sft"))
+    message = {"role": "user", "content": "x", "tool_calls": None, "name": None}
+    write_rows(tmp_path / "rl.jsonl", [{"prompt": [message]}, {"prompt": "x"}])
+    tokenizer.chat_template = "{% for m in messages %}{% if 'tool_calls' in m %}{{ m.tool_calls[0] }}{% endif %}{{ m.content }}{% endfor %}"
+    one, other = sft.read_rows(str(tmp_path), "rl", "prompt", tokenizer=tokenizer)
+    assert one["prompt_ids"] == other["prompt_ids"]
+    write_rows(tmp_path / "rl.jsonl", [{"prompt": "x"}, {"prompt": [{"role": "system", "content": "y"}, message]}])
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}x"
+    fails(lambda: sft.read_rows(str(tmp_path), "rl", "prompt", tokenizer=tokenizer), r"rl.jsonl:2: .*no system.*prepare_data.py")
+
 
 
 @pytest.mark.parametrize("name", ["gvm", "reward_model", "dpo"])
@@ -202,10 +242,11 @@ def test_the_command_line_prints_one_line_and_fails(command, runs, tmp_path):
 
 
 def test_an_architecture_without_token_classification(args, world, tmp_path):
-    """OPT has no such class in transformers; its own error names the classes that have."""
+    """OPT has no such class in transformers, nor have OLMo, Gemma 3 ...; its own error names those that have."""
     config = AutoConfig.for_model("opt", vocab_size=1024, hidden_size=16, ffn_dim=16, num_hidden_layers=1,
                                   num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=300)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "opt")
     AutoTokenizer.from_pretrained(world / "base").save_pretrained(tmp_path / "opt")
     with pytest.raises(ValueError, match="Unrecognized configuration class .*OPTConfig"):
         train_gvm.main(args("gvm", model=tmp_path / "opt"))
+    assert not (tmp_path / "run").exists()

@@ -2,11 +2,12 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import equal, read_lines, responses, script, weights
+from conftest import equal, fails, read_lines, responses, script, weights
 from test_losses import ALONE, header, junk
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification,
                           AutoTokenizer)
@@ -94,6 +95,27 @@ def test_a_new_critic(args, trained):
             assert value[0, t - 1].item() == pytest.approx((score - scale["reward_mean"]) / scale["reward_std"], abs=1e-4)
         zero = ppo.new_critic(args("ppo", reward_model=trained, critic_init="sft"), model, scale, tokenizer, 64)
         assert (zero.eval()(input_ids=ids).logits == 0).all()
+
+
+def test_the_critic_may_start_as_a_value_model(args, runs, tmp_path):
+    """Value pretraining: V(s_t) is the GVM's Q of one token earlier. It learns on, and is no GVM any more."""
+    is_response = torch.zeros(2, 9, dtype=torch.bool)
+    is_response[:, 3:] = True
+    ids, given = torch.randint(10, 500, is_response.shape), args("ppo", critic_init=runs("gvm"), steps=1)
+    tokenizer = AutoTokenizer.from_pretrained(runs("sft"))
+    critic = ppo.new_critic(given, None, None, tokenizer, 64).eval()
+    gvm = AutoModelForTokenClassification.from_pretrained(runs("gvm")).eval()
+    model = ppo.ActorCritic(AutoModelForCausalLM.from_pretrained(runs("sft")), critic).eval()
+    with torch.no_grad():
+        assert torch.allclose(model(ids, is_response)[1][:, 1:], gvm(input_ids=ids).logits[:, :-1, 0], atol=1e-6)
+    ppo.main(given)
+    saved = AutoModelForTokenClassification.from_pretrained(tmp_path / "run" / "critic")
+    assert not equal(saved.state_dict(), gvm.state_dict()) and saved.config.critic and not saved.config.gvm
+    other = shutil.copytree(runs("gvm"), tmp_path / "other")
+    tokenizer.add_tokens("<new>")
+    tokenizer.save_pretrained(other)
+    fails(lambda: ppo.main(args("ppo", critic_init=other, output=tmp_path / "new")), "other: another tokenizer")
+    fails(lambda: ppo.main(args("ppo", critic_init=runs("dpo"), output=tmp_path / "new")), "not a trained TokenClassification")
 
 
 def test_policy_and_critic_learn_and_nothing_else(args, runs, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from conftest import fails, read_lines
+from transformers import AutoTokenizer
 
 import evaluate
 import prepare_data
@@ -26,10 +27,12 @@ HH = [{"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye 🙂\n\nAssista
        "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye 🙂\n\nAssistant: Stay."},
       {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: Other\n\nAssistant: C"},       # prompts differ
       {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant:"},             # empty answer
-      {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: B"}]           # equal answers
+      {"chosen": "\n\nHuman: A\n\nAssistant: B", "rejected": "\n\nHuman: A\n\nAssistant: B"},           # equal answers
+      {"chosen": "\n\nHuman: A\n\nHuman: B\n\nAssistant: C", "rejected": "\n\nHuman: A\n\nHuman: B\n\nAssistant: D"}]
 ANNOTATIONS = [{"instruction": "Q", "output_1": "ref", "generator_1": "gpt4", "output_2": "mine", "generator_2": "m", "preference": 1.25}]
 SCORED = [{"prompt_id": 3, "policy": "m", "response": "r", "reward": 0.5}]
-UNUSABLE = "not a usable row of the format "
+UNUSABLE, TWO_PROMPTS = "not a usable row of the format ", "chosen and rejected are not two answers to one prompt"
+EMPTY = "prompt with an empty message, or that does not end with the user's"
 
 
 def convert(tmp_path, format, rows, gz=False, **settings):
@@ -64,20 +67,60 @@ def test_ultrafeedback_binarized(tmp_path):
     assert all(row["chosen"] == "Hello 9.0" for row in read_lines(folder / "pairs.jsonl"))
 
 
+def test_the_prompt_is_what_stands_before_the_last_answer(tmp_path):
+    """A system message and earlier turns belong to it, on both sides the same, or the row is left out."""
+    system, turn = {"role": "system", "content": "Be brief."}, BINARIZED[0]["chosen"]
+    more = [turn[0], {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Bye"}]
+    rows = [BINARIZED[0] | {side: [*before, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+            for before in ([system, turn[0]], more)]
+    rows += [rows[0] | {"rejected": rows[1]["rejected"]}, rows[0] | {"chosen": rows[0]["chosen"][:-1]}]
+    for format in ("ultrafeedback_binarized", "jsonl"):        # TRL's rows with the prompt inside are such rows, too
+        folder, manifest = convert(tmp_path, format, rows, overwrite=True)
+        pairs = {json.dumps(row["prompt"]): (row["chosen"], row["rejected"]) for row in read_lines(folder / "pairs.jsonl")}
+        assert pairs == {json.dumps(before): ("chosen", "rejected") for before in ([system, turn[0]], more)}
+        assert manifest["left_out"] == {TWO_PROMPTS: 2}
+
+
+def test_answers_as_lists_of_one_message(tmp_path):
+    """TRL's explicit form: the prompt is a chat, the answers are lists of one assistant message."""
+    row = {"prompt": BINARIZED[0]["chosen"][:1], "chosen": BINARIZED[0]["chosen"][1:], "rejected": BINARIZED[0]["rejected"][1:]}
+    folder, _ = convert(tmp_path, "jsonl", [row])
+    assert read_lines(folder / "pairs.jsonl") == [{"prompt": "Hi", "chosen": "Hello 9.0", "rejected": "Go away 9.0"}]
+
+
+def test_prompts_that_the_chat_template_refuses(tmp_path, world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    tokenizer.save_pretrained(tmp_path / "model")
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    rows = [{"prompt": chat, "response": "a", "reward": 1}, {"prompt": "Hi", "response": "b", "reward": 1}]
+    folder, manifest = convert(tmp_path, "jsonl", rows, split=[1.0, 0.0, 0.0, 0.0], tokenizer=str(tmp_path / "model"))
+    assert read_lines(folder / "sft.jsonl") == [{"prompt": "Hi", "response": "b"}]
+    assert manifest["left_out"] == {"prompt that the chat template refuses": 1}
+    assert "rows.jsonl:1: TemplateError('no system')" in (folder / "left_out.txt").read_text()
+    _, manifest = convert(tmp_path, "jsonl", rows, split=[1.0, 0.0, 0.0, 0.0], overwrite=True)
+    assert not manifest["left_out"]
+
+
 def test_hh(tmp_path):
     folder, manifest = convert(tmp_path, "hh", HH)
     assert read_lines(folder / "pairs.jsonl") == [{
         "prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
                    {"role": "user", "content": "Bye 🙂"}], "chosen": "Good bye.", "rejected": "Stay."}]
     assert not (folder / "scored.jsonl").exists()                               # people gave no scores
-    assert manifest["left_out"] == {UNUSABLE + "hh": 1, "pair with an answer without text": 1, "pair of equal answers": 1}
+    assert manifest["left_out"] == {TWO_PROMPTS: 1, "pair with an answer without text": 1, "pair of equal answers": 1,
+                                    "prompt with two turns of one role in a row": 1}
 
 
 def test_alpaca_eval(tmp_path):
-    folder, _ = convert(tmp_path, "alpaca_eval", ANNOTATIONS)
-    assert read_lines(folder / "scored.jsonl") == [{"prompt": "Q", "response": "mine", "reward": 0.25, "policy": "m"}]
+    verdicts = [ANNOTATIONS[0] | {"instruction": f"Q{x}", "preference": x} for x in (1.25, 0, 1.5, 2.0, 1, 7, -1, None)]
+    folder, manifest = convert(tmp_path, "alpaca_eval", verdicts)
+    rewards = {row["prompt"]: row["reward"] for row in read_lines(folder / "scored.jsonl")}
+    assert rewards == {"Q1.25": 0.25, "Q0": 0.5, "Q1.5": 0.5, "Q2.0": 1.0, "Q1": 0.0}              # 0 is a draw, as 1.5 is
+    assert manifest["left_out"] == {"preference that is not 0, nor 1 to 2": 2, UNUSABLE + "alpaca_eval": 1}
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"prompt_id": 3, "prompt": "P"}]))           # one JSON array, not lines
+    assert {row["policy"] for row in read_lines(folder / "scored.jsonl")} == {"m"}
     folder, _ = convert(tmp_path, "alpaca_eval", SCORED, prompts=str(prompts), overwrite=True)
     assert read_lines(folder / "scored.jsonl") == [{"prompt": "P", "response": "r", "reward": 0.5, "policy": "m"}]
 
@@ -96,7 +139,7 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path):
            {"prompt": [{"role": "user", "content": None}], "response": "a"}]
     folder, manifest = convert(tmp_path, "jsonl", [*bad, "\n", good, {"prompt": "p", "response": "half \ud83d"}])
     assert read_lines(folder / "pairs.jsonl") == [good]
-    assert manifest["left_out"] == {UNUSABLE + "jsonl": len(bad), "answer without text": 1}
+    assert manifest["left_out"] == {UNUSABLE + "jsonl": 3, EMPTY: len(bad) - 3, "answer without text": 1}
     named = [line.split(": ")[0] for line in (folder / "left_out.txt").read_text().splitlines()]
     assert named == [f"{tmp_path}/rows.jsonl:{i}" for i in [*range(1, len(bad) + 1), len(bad) + 3]]
 
