@@ -38,6 +38,10 @@ FAMILIES = {
     "qwen3": ("qwen3", {"head_dim": 8}, THINK, "<|im_end|>", "<|endoftext|>", ["<|im_end|>", "<|endoftext|>"], "<|im_end|>"),
     "mistral": ("mistral", {"sliding_window": 24}, MISTRAL, "</s>", None, "</s>", "</s>"),
     "gemma2": ("gemma2", {"head_dim": 8, "sliding_window": 24}, GEMMA, "<eos>", "<pad>", "<eos>", "<end_of_turn>"),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "sliding_window": 24}, GEMMA, "<eos>", "<pad>", ["<eos>", "<end_of_turn>"],
+               "<end_of_turn>"),
+    "qwen3-moe": ("qwen3_moe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, CHATML,
+                  "<|im_end|>", "<|endoftext|>", ["<|im_end|>", "<|endoftext|>"], "<|im_end|>"),
     "phi3": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 300}, PHI3, "<|endoftext|>", "<|endoftext|>",
              ["<|endoftext|>", "<|assistant|>", "<|end|>"], "<|end|>"),
     "phi4": ("phi3", {}, PHI4, "<|im_end|>", None, "<|im_end|>", "<|im_end|>"),
@@ -82,12 +86,16 @@ def test_every_stage_has_the_same_end_of_an_answer(name, family, args, tmp_path,
 
     remember(sft), remember(train_gvm)
     short = {"max_length": 300, "batch_size": 16}
-    rows = {"sft": "response", "scored": "response"}
-    for split in rows:                                         # a few updates are enough
+    for split in ("sft", "scored"):
         write_rows(tmp_path / "data" / f"{split}.jsonl", [
             {"prompt": f"Is Peru {n} an island?", "response": f"No, {n}.", "reward": n / 9, "policy": "a"} for n in range(48)])
     write_rows(tmp_path / "data" / "rl.jsonl", [{"prompt": f"Is Peru {n} an island?"} for n in range(8)])
     sft.main(args("sft", model=base, data=tmp_path / "data", output=tmp_path / "sft", lr=1e-2, **short))
+    assert end in GenerationConfig.from_pretrained(tmp_path / "sft").eos_token_id              # stock generate() stops there
+    if name == "gemma3":                                       # transformers has no value model for it
+        with pytest.raises(ValueError, match="Unrecognized configuration class .*Gemma3"):
+            train_gvm.main(args("gvm", model=tmp_path / "sft"))
+        return
     train_gvm.main(args("gvm", model=tmp_path / "sft", data=tmp_path / "data", output=tmp_path / "gvm", **short))
     assert {response[-1] for _, response in read["sft"]} == {response[-1] for _, response in read["train_gvm"]} == {end}
     stops = []
@@ -96,8 +104,7 @@ def test_every_stage_has_the_same_end_of_an_answer(name, family, args, tmp_path,
     train_dvpo.main(args("dvpo", model=tmp_path / "sft", gvm=tmp_path / "gvm", data=tmp_path / "data", output=tmp_path / "dvpo", steps=1))
     declared = GenerationConfig.from_pretrained(base).eos_token_id
     assert set(stops[0]) == {end, *(declared if isinstance(declared, list) else [declared])}
-    for run in ("sft", "dvpo"):                                # stock generate() stops there, too
-        assert end in GenerationConfig.from_pretrained(tmp_path / run).eos_token_id
+    assert end in GenerationConfig.from_pretrained(tmp_path / "dvpo").eos_token_id
     [metrics] = read_lines(tmp_path / "dvpo" / "metrics.jsonl")
     assert metrics["ratio_error"] < 1e-4 and math.isfinite(metrics["loss"])
 
