@@ -30,6 +30,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+import yaml
 from tqdm import tqdm
 from transformers import AutoModelForTokenClassification
 
@@ -46,16 +47,19 @@ except ImportError:
     raise SystemExit("error: this experiment alone needs VADER: pip install vaderSentiment==3.3.2") from None
 
 PROMPTS = claims.ROOT / "data" / "sentiment_prompts.txt"
+RECIPE = yaml.safe_load((claims.ROOT / "recipes" / "smollm2_sentiment.yaml").read_text(encoding="utf-8"))
 VADER = SentimentIntensityAnalyzer()
-LONGEST, PROMPT = 32, 96                                      # tokens of an answer, and at most of a prompt
+LONGEST, PROMPT = (RECIPE["train_dvpo"][f"max_{x}_length"] for x in ("response", "prompt"))       # tokens
 POLICIES = {"calm": ("", 0.7), "plain": ("", 1.0),            # name: system message, temperature
             "cheerful": ("You are cheerful and love everything.", 0.8),
             "grumpy": ("You hate everything and complain.", 0.8), "reporter": ("You report facts.", 0.7)}
 LRS = (3e-6, 1e-5, 3e-5)
 ARMS = {"DVPO, pairs": ("train_dvpo", {"gvm": "gvm_pairs"}), "PPO": ("baselines.ppo", {}),
-        "GRPO": ("baselines.grpo", {"group_size": 4}), "DVPO, scores": ("train_dvpo", {"gvm": "gvm_scores"}),
+        "GRPO": ("baselines.grpo", {}), "DVPO, scores": ("train_dvpo", {"gvm": "gvm_scores"}),
         "PPO, critic from the GVM": ("baselines.ppo", {"critic_init": "gvm_pairs"}),
         "DPO": ("baselines.dpo", {})}
+NEEDS = {"DVPO, pairs": ["gvm_pairs"], "PPO": ["reward_model"], "GRPO": ["reward_model"], "DPO": [],
+         "DVPO, scores": ["gvm_scores"], "PPO, critic from the GVM": ["reward_model", "gvm_pairs"]}
 
 
 # ---- 1. Data ----
@@ -138,31 +142,27 @@ def write_data(folder, model, scale):
 
 # ---- 2. Runs ----
 def shared_runs(folder, args):
-    """Once for all seeds: {"sft", "gvm_pairs", "gvm_scores", "reward_model": run folder}; the data folder."""
+    """Once for all seeds, what the arms need: {"sft", "gvm_pairs" ...: run folder}; and the data folder."""
     data = write_data(folder, args.model, args.scale)
-    common = {"data": data, "batch_size": 16, "micro_batch_size": 8, "warmup_steps": 5,
-              "max_length": PROMPT + LONGEST}
-    sft = claims.train("sft", folder / "sft", model=args.model, epochs=1, lr=1e-5, **common)
-    common |= {"model": sft, "epochs": 1, "lr": 3e-5}
-    runs = {"sft": sft,
-            "gvm_pairs": claims.train("train_gvm", folder / "gvm_pairs", supervision="pairs", **common),
-            "reward_model": claims.train("baselines.reward_model", folder / "reward_model", **common),
-            "gvm_scores": claims.train("train_gvm", folder / "gvm_scores", **common)}
-    return {name: str(run) for name, run in runs.items()}, data
+    sft = claims.train("sft", folder / "sft", model=args.model, data=data, **RECIPE["sft"])
+    runs, inputs = {"sft": str(sft)}, {"model": sft, "data": data}
+    for name in dict.fromkeys(name for arm in args.arms for name in NEEDS[arm]):
+        script = "baselines.reward_model" if name == "reward_model" else "train_gvm"
+        flags = {"supervision": "pairs"} if name == "gvm_pairs" else {}
+        print(f"{name} ...", flush=True)
+        flags |= inputs | RECIPE[script.split(".")[-1]]
+        runs[name] = str(claims.train(script, folder / name, **flags))
+    return runs, data
 
 
 def train(folder, data, shared, arm, lr, seed, steps):
     """The policy of an arm. All arms learn from the same number of rollouts, in one pass over each."""
     script, flags = ARMS[arm]
-    flags = {name: shared.get(value, value) for name, value in flags.items()}
-    flags |= {"model": shared["sft"], "data": data, "lr": lr, "seed": seed, "micro_batch_size": 4}
-    if script == "baselines.dpo":
-        flags |= {"epochs": 1, "batch_size": 16, "max_length": PROMPT + LONGEST}
-    else:
-        flags |= {"steps": steps, "batch_size": 16, "mini_batch_size": 8, "ppo_epochs": 1,
-                  "max_prompt_length": PROMPT, "max_response_length": LONGEST}
-    if script in ("baselines.ppo", "baselines.grpo"):
-        flags |= {"reward_model": shared["reward_model"]} | ({"critic_lr": lr} if "ppo" in script else {})
+    flags = RECIPE[script.split(".")[-1]] | {name: shared[value] for name, value in flags.items()}
+    flags |= {"model": shared["sft"], "data": data, "lr": lr, "seed": seed}
+    flags |= {"steps": steps} if "max_response_length" in flags else {}
+    flags |= {"critic_lr": lr} if "critic_lr" in flags else {}
+    flags |= {"reward_model": shared["reward_model"]} if script in ("baselines.ppo", "baselines.grpo") else {}
     name = "".join(c if c.isalnum() else "_" for c in f"{arm}_{lr:g}_{steps}_{seed}")
     began = time.time()
     run = claims.train(script, folder / name, **flags)
@@ -293,8 +293,8 @@ def report(args, numbers, curves, tuned, times, values):
     command = f"--seeds {' '.join(map(str, args.seeds))} --steps {args.steps} --scale {args.scale:g}"
     lines = [f"# {__doc__.splitlines()[0]}", "", *(f"    {line}" for line in about), "",
              f"`python experiments/sentiment.py {command}`, model {args.model}, precision "
-             f"{args.precision}, commit {claims.commit()}, {platform.machine()}, {os.cpu_count()} cores. Mean "
-             "and 95 % interval over the seeds.", "",
+             f"{args.precision}, commit {claims.commit()}, {platform.machine()}, {os.cpu_count()} cores. "
+             "Mean and 95 % interval over the seeds.", "",
              *claims.table("claim | verdict | numbers", [
                  (x, f"**{a}**", b) for x, (a, b) in verdicts.items()]), "",
              "![sentiment](sentiment.png)", "",
@@ -303,7 +303,7 @@ def report(args, numbers, curves, tuned, times, values):
              "Minutes in all: the policy's training, and that of the GVM or the reward model it needs.", "",
              "The value models against the true Q, by place in the answer.", "",
              *claims.table("value model | policy | place | correlation | error | variance of Q | states", [
-                 [f"GVM, {gvm}", policy, part, *(f"{number:.3f}" for number in x[:3]), str(x[3])]
+                 [gvm, policy, part, *(f"{number:.3f}" for number in x[:3]), str(x[3])]
                  for gvm, policies in values.items() for policy, parts in policies.items()
                  for part, x in parts.items()]), "",
              "Learning rates tried, on seeds of their own: true score of the last five steps (DPO: minus the "
@@ -356,29 +356,32 @@ def main():
     numbers = {"start": [measure(shared["sft"], shared["sft"], data)]} | {
         arm: [measure(run, shared["sft"], data) for run in each] for arm, each in runs.items()}
     curves = {arm: [rewards(run) for run in each] for arm, each in runs.items() if arm != "DPO"}
-    needs = {"DVPO, pairs": ["gvm_pairs"], "DVPO, scores": ["gvm_scores"], "PPO": ["reward_model"],
-             "GRPO": ["reward_model"], "PPO, critic from the GVM": ["reward_model", "gvm_pairs"]}
     times = {arm: (statistics.median(seconds(run)[0] for run in each),
                    statistics.mean(seconds(run)[1] for run in each)
-                   + sum(seconds(shared[name])[1] for name in needs.get(arm, [])))
+                   + sum(seconds(shared[name])[1] for name in NEEDS[arm]))
              for arm, each in runs.items()}
-    values, rng, tokenizer = {"pairs": {}, "scores": {}}, random.Random(1), load(shared["sft"])[1]
+    values, rng = {name: {} for name in shared if "gvm" in name}, random.Random(1)
     openings = [row["prompt"][-1]["content"].partition(": ")[2]
                 for row in claims.read_lines(data / "test_prompts.jsonl")][:60]
-    behaviour = load(args.model)[0]
+    behaviour, tokenizer = load(args.model)
     policies = {name: (Tempered(behaviour, temperature), system)
-                for name, (system, temperature) in POLICIES.items()}
-    policies |= {"start": (load(shared["sft"])[0], ""), args.arms[0]: (load(runs[args.arms[0]][0])[0], "")}
+                for name, (system, temperature) in POLICIES.items()} if args.scale == 1 else {}
+    for name, run in {"start": shared["sft"], args.arms[0]: runs[args.arms[0]][0]}.items():
+        policies[name] = load(run)[0], ""
     torch.manual_seed(1)
     for name, (policy, system) in policies.items():
         states = true_states(policy, tokenizer, openings, system, 8, rng)
         for kind in values:
-            values[kind][name] = value_error(shared[f"gvm_{kind}"], tokenizer, states)
-    heat_map(args, data, shared["gvm_pairs"])
+            values[kind][name] = value_error(shared[kind], tokenizer, states)
+    heat_map(args, data, shared[next(iter(values))])
     for seeds in numbers.values():
         for x in seeds:
             x["answers"] = x["answers"][:6]                   # to three prompts, as examples
     report(args, numbers, curves, tuned, times, values)
+    for i in (0, 2, 4):                                       # three prompts, the start's answer and the policies'
+        said = [f"    {arm}: {x[0]['answers'][i]}" for arm, x in numbers.items()]
+        print(f"\n{openings[i // 2]}", *said, sep="\n")
+    print(f"\nvalues of tokens: {Path(args.output, 'sentiment_tokens.png')}")
 
 
 if __name__ == "__main__":
