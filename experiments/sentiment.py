@@ -378,7 +378,7 @@ def main():
         for x in seeds:
             x["answers"] = x["answers"][:6]                   # to three prompts, as examples
     report(args, numbers, curves, tuned, times, values)
-    for i in (0, 2, 4):                                       # three prompts, the start's answer and the policies'
+    for i in (0, 2, 4):                                       # three prompts and their answers
         said = [f"    {arm}: {x[0]['answers'][i]}" for arm, x in numbers.items()]
         print(f"\n{openings[i // 2]}", *said, sep="\n")
     print(f"\nvalues of tokens: {Path(args.output, 'sentiment_tokens.png')}")

@@ -36,6 +36,8 @@ def parse(words):
     if words[0].startswith(("experiments/", "tests/")):
         return True
     module, sys.argv = module_of(words[0]), [words[0]]
+    if words[0] in ("data/smollm2.py", "classroom/classroom.py"):              # plain words, or argparse
+        return len(words) < 3 or words[1] in ("assignment", "grade", "bugs", "gradescope")
     if hasattr(module, "Args"):
         return module.parse_args(module.Args, words[1:])
     if hasattr(module, f"{words[1].capitalize()}Args"):        # evaluate.py values: ValuesArgs

@@ -121,7 +121,7 @@ def test_a_run_that_fails_keeps_what_it_paid_for(server, judge_args, fault, requ
     with pytest.raises(SystemExit, match="no answer") as stop:
         judge.main(replace(judge_args, concurrency=1))
     kept = Path(judge_args.output) / "replies.jsonl"
-    assert 5 + requests <= len(server.requests) <= 5 + 2 * requests            # a job or two and retries, not all that are left
+    assert 5 + requests <= len(server.requests) < 5 + 7 * requests             # a few jobs and retries, not all that are left
     assert KEY not in str(stop.value) + capsys.readouterr().out and not (kept.parent / "judge.json").exists()
     kept.write_text(kept.read_text() + '\n{"request": "cut o')  # the machine went down while it wrote
     server.always, before = "good", len(server.requests)

@@ -156,7 +156,7 @@ def test_whiten_over_two_processes_is_whiten_over_the_whole_batch(random_batch):
         parts = iter([len(there), there.sum(), (there - mean).square().sum()])
         two = SimpleNamespace(reduce=lambda total: total + next(parts))
         halves.append(train_dvpo.whiten(x[mine], is_response[mine], two))
-    assert torch.allclose(torch.cat(halves), whole)
+    assert torch.allclose(torch.cat(halves), whole) and whole[is_response].square().mean().item() == pytest.approx(1)
 
 
 # ---- policy losses ----
