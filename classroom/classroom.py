@@ -215,7 +215,7 @@ def run(place, script, seed, *words):
 
 
 def bugs(args, exercises):
-    """diffs/1.diff ..., runs/A/{gvm,dvpo}.jsonl ..., runs/reference; beside the folder, the key."""
+    """diffs/1.diff ..., runs/A/{gvm,dvpo}.jsonl ..., runs/healthy; beside the folder, the key."""
     output, rng, every = new_folder(args.output), random.Random(args.seed), exercises["bugs"]
     numbers = {name: number for number, name in enumerate(every, 1)}
     letters = dict(zip(rng.sample(list(numbers), len(numbers)), "ABCDEFGHIJKLMNOP"))
@@ -238,7 +238,7 @@ def bugs(args, exercises):
 
         run(ROOT, "data/atlas.py", args.seed, "world", "--output", world)
         run(ROOT, "sft.py", args.seed, "--model", world / "base", *inputs[2:], "--output", world / "sft")
-        train("reference")
+        train("healthy")
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(train, numbers))
     (output / "diffs").mkdir()

@@ -105,6 +105,10 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     fails(lambda: classroom.main(["grade", "--submission", str(tmp_path / "nowhere")]), "no such folder")
 
 
+def test_bugs_are_not_called_like_the_healthy_run():
+    assert "healthy" not in BUGS
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_each_bug_is_one_line_and_found_by_the_test_that_is_named(name):
     bug = BUGS[name]

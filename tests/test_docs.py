@@ -128,12 +128,12 @@ def test_every_metric_is_described(name, runs):
 
 
 # ---- numbers ----
-def test_the_readme_s_comparison_is_what_was_measured():
-    """Every row of README's table against experiments/results/compare.json."""
-    results, readme = json.loads(text_of(RESULTS / "compare.json")), text_of(ROOT / "README.md")
+def test_the_comparison_is_what_was_measured():
+    """Every row of the table in docs/findings.md against experiments/results/compare.json."""
+    results, page = json.loads(text_of(RESULTS / "compare.json")), text_of(ROOT / "docs" / "findings.md")
     for method in results["methods"]:
         seeds = [seed[method] for seed in results["seeds"].values()]
-        row = next(line for line in readme.splitlines() if line.startswith(f"| {method} | ") and "±" in line)
+        row = next(line for line in page.splitlines() if line.startswith(f"| {method} | ") and "±" in line)
         cells = [cell.strip(" *") for cell in row.split("|")[2:-1]]
         assert cells[0].startswith(f"{sum(seed['oracle'] for seed in seeds) / len(seeds):.2f} ±"), row
         assert cells[1:3] == [f"{sum(pick(seed) for seed in seeds) / len(seeds):.{digits}f}" for pick, digits in (
