@@ -109,7 +109,7 @@ def load_tokenizer(name, template=None):
         fail(f"{name}: no such folder. Has the stage before this one been run?")
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
     return tokenizer
 
 
@@ -154,8 +154,8 @@ def encode_prompt(tokenizer, prompt):
 def end_of_answer(tokenizer):
     """Id of the token that the chat template writes after an assistant's message ("<|im_end|>"): often not
     tokenizer.eos_token, which is the fallback where the template writes no control token."""
-    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("answer")[2].strip()
+    chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "xylophone"}]
+    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("xylophone")[2].strip()
     ids = tokenizer(after, add_special_tokens=False).input_ids
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 

@@ -82,6 +82,7 @@ TEMPLATES = {   # template -> the token that ends an answer; "<|pad|>" is what t
               "{{ m['content'] | trim }}<|end|>\n{% endfor %}", "<|end|>"),
     "phi3": (ROLE + "{{ m['content'] }}<|end|>\n{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", "<|end|>"),
     "eos": (ROLE + "{{ m['content'] }} {{ eos_token }}{% endfor %}", "<|pad|>"),
+    "its own name": (ROLE + "{{ m['content'] }}<|end_of_answer|>\n{% endfor %}", "<|end_of_answer|>"),
     "nothing": (ROLE + "{{ m['content'] }}{% endfor %}", "<|pad|>"),
     "words": (ROLE + "{{ m['content'] }}\n\n### End\n{% endfor %}", "<|pad|>")}
 
@@ -94,6 +95,7 @@ def test_the_end_of_an_answer_is_what_the_template_writes(world, name, named):
     tokenizer.eos_token = "<|pad|>"
     if named:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.add_tokens("<|end_of_answer|>", special_tokens=True)
     tokenizer.chat_template, end = TEMPLATES[name]
     wanted = tokenizer.convert_tokens_to_ids(end)
     assert sft.end_of_answer(tokenizer) == wanted
