@@ -11,6 +11,7 @@ are written into a fresh copy of the reference, and its own tests are run, each 
 import argparse
 import ast
 import difflib
+import importlib.util
 import json
 import os
 import random
@@ -169,6 +170,9 @@ def grade(args, exercises):
     submission = Path(args.submission)
     if not submission.is_dir():
         fail(f"--submission {submission}: no such folder")
+    for package in ("pytest", "torch", "transformers"):
+        if not importlib.util.find_spec(package):
+            fail(f"{sys.executable} has no {package}: activate the environment that make made (.venv)")
     grades = grade_functions(submission, exercises["functions"])
     if args.key:
         grades += grade_bugs(submission, args.key, exercises["bugs"])
@@ -216,7 +220,7 @@ def run(place, script, seed, *words):
 
 def bugs(args, exercises):
     """diffs/1.diff ..., runs/A/{gvm,dvpo}.jsonl ..., runs/healthy; beside the folder, the key."""
-    output, rng, every = new_folder(args.output), random.Random(args.seed), exercises["bugs"]
+    output, rng, every = new_folder(args.output), random.SystemRandom(), exercises["bugs"]
     numbers = {name: number for number, name in enumerate(every, 1)}
     letters = dict(zip(rng.sample(list(numbers), len(numbers)), "ABCDEFGHIJKLMNOP"))
     with tempfile.TemporaryDirectory() as folder:
@@ -231,7 +235,7 @@ def bugs(args, exercises):
                 gvm = gvm if not bug else place / "gvm"
                 run(place, "train_gvm.py", args.seed, *inputs, "--output", gvm, "--epochs", 2)
             run(place, "train_dvpo.py", args.seed, *inputs, "--gvm", gvm, "--output", place / "dvpo",
-                "--steps", args.steps)
+                "--steps", args.steps, "--kl_coef", 0.3)      # so large that a wrong sign shows
             to.mkdir(parents=True)
             shutil.copy(gvm / "metrics.jsonl", to / "gvm.jsonl")
             shutil.copy(place / "dvpo" / "metrics.jsonl", to / "dvpo.jsonl")
@@ -283,7 +287,7 @@ def main(argv):
         if command in (assignment, bugs):
             one.add_argument("--seed", type=int, default=7)
         if command is bugs:
-            one.add_argument("--steps", type=int, default=12, help="of DVPO, in each run")
+            one.add_argument("--steps", type=int, default=16, help="of DVPO, in each run")
     args = parser.parse_args(argv)
     args.run(args, yaml.safe_load(Path(args.exercises).read_text(encoding="utf-8")))
 

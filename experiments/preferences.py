@@ -69,7 +69,7 @@ def accuracies(scores, rows, tokenizer, seed):
     return {group: {"pairs": len(numbers)} | {
         name: evaluate.bootstrap((((x[0::2] - x[1::2]).sign() + 1) / 2)[list(numbers)], seed,
                                  [prompts[i] for i in numbers]) for name, x in scores.items()}
-            for group, numbers in groups.items()}
+            for group, numbers in groups.items() if len(numbers)}
 
 
 # ---- The answer ----

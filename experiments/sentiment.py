@@ -322,6 +322,7 @@ def heat_map(args, data, gvm):
     def margin(row):
         return score("", row["chosen"]) - score("", row["rejected"])
 
+    Path(args.output).mkdir(parents=True, exist_ok=True)
     row = max(claims.read_lines(data / "test_pairs.jsonl")[:20], key=margin)
     tokenizer = train_dvpo.load_tokenizer(gvm)
     model = AutoModelForTokenClassification.from_pretrained(gvm).eval()
