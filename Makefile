@@ -17,7 +17,7 @@ endif
 
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
-	@echo "make compare   DVPO, PPO, GRPO, ReMax and DPO, five seeds; about 90 minutes on two cores (QUICK=1: about 12)"
+	@echo "make compare   DVPO against PPO, GRPO, ReMax, DPO with equal information, ten worlds; hours (QUICK=1: half an hour)"
 	@echo "make claims    nine claims of the paper, against the truth: experiments/results/*.md; hours (QUICK=1: 10 minutes)"
 	@echo "make compute   time and memory of a step of each method, with a tiny model: about 4 minutes"
 	@echo "make real      SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; half an hour (PRECISION=bf16: less, with AMX)"
@@ -76,10 +76,10 @@ $(RUN)/figures/curves.png: analysis/figures.py $(RUN)/dvpo/model.safetensors
 $(RUN)/figures/wins.png: analysis/figures.py $(RUN)/eval/policy.json
 	$(PY) analysis/figures.py wins --results $(RUN)/eval/policy.json --output $(RUN)/figures --overwrite
 
-# QUICK: one seed, 20 steps, the scripts' own learning rates, and nothing written to results/.
+# QUICK: one world, 20 steps, no tuning, and nothing written to results/.
 compare: $(INSTALLED)
 ifdef QUICK
-	$(PY) experiments/compare.py --seeds 11 --sweep_seeds --steps 20 --rounds 1 --runs runs/compare-quick --output runs/compare-quick
+	$(PY) experiments/compare.py --seeds 11 --sweep_seeds --steps 20 --samples 4 --rounds 1 --runs runs/compare-quick --output runs/compare-quick
 else
 	$(PY) experiments/compare.py
 endif

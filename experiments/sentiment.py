@@ -163,11 +163,14 @@ def train(folder, data, shared, arm, lr, seed, steps):
     flags |= {"steps": steps} if "max_response_length" in flags else {}
     flags |= {"critic_lr": lr} if "critic_lr" in flags else {}
     flags |= {"reward_model": shared["reward_model"]} if script in ("baselines.ppo", "baselines.grpo") else {}
-    name = "".join(c if c.isalnum() else "_" for c in f"{arm}_{lr:g}_{steps}_{seed}")
     began = time.time()
-    run = claims.train(script, folder / name, **flags)
+    run = claims.train(script, folder / file_name(f"{arm}_{lr:g}_{steps}_{seed}"), **flags)
     print(f"{arm}, learning rate {lr:g}, seed {seed}: {time.time() - began:.0f} s", flush=True)
     return run
+
+
+def file_name(words):
+    return "".join(c if c.isalnum() else "_" for c in words)
 
 
 def rewards(run, last=None):
@@ -361,17 +364,20 @@ def main():
                    statistics.mean(seconds(run)[1] for run in each)
                    + sum(seconds(shared[name])[1] for name in NEEDS[arm]))
              for arm, each in runs.items()}
-    values, rng = {name: {} for name in shared if "gvm" in name}, random.Random(1)
+    values = {name: {} for name in shared if "gvm" in name}
     openings = [row["prompt"][-1]["content"].partition(": ")[2]
                 for row in claims.read_lines(data / "test_prompts.jsonl")][:60]
     behaviour, tokenizer = load(args.model)
-    policies = {name: (Tempered(behaviour, temperature), system)
-                for name, (system, temperature) in POLICIES.items()} if args.scale == 1 else {}
+    policies = {name: (None, *policy) for name, policy in POLICIES.items()} if args.scale == 1 else {}
     for name, run in {"start": shared["sft"], args.arms[0]: runs[args.arms[0]][0]}.items():
-        policies[name] = load(run)[0], ""
-    torch.manual_seed(1)
-    for name, (policy, system) in policies.items():
-        states = true_states(policy, tokenizer, openings, system, 8, rng)
+        policies[name] = run, "", 1.0
+    for name, (run, system, temperature) in policies.items():
+        file = folder / f"states_{Path(run).name if run else name}.json"       # minutes each: kept
+        if not file.exists():
+            torch.manual_seed(1)
+            policy = Tempered(load(run)[0] if run else behaviour, temperature)
+            file.write_text(json.dumps(true_states(policy, tokenizer, openings, system, 8, random.Random(1))))
+        states = json.loads(file.read_text())
         for kind in values:
             values[kind][name] = value_error(shared[kind], tokenizer, states)
     heat_map(args, data, shared[next(iter(values))])
