@@ -26,7 +26,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 import claims                                                 # first: it finds the project's root
 import evaluate
@@ -226,11 +226,18 @@ def verdict(differences):
     return "not decided"
 
 
+def smooth(x):
+    return [mean(x[i - WINDOW:i]) for i in range(WINDOW, len(x) + 1)]
+
+
+def drawdown(record):
+    """The deepest fall of the curve, mean of WINDOW steps, below its best so far (Appendix F: stability)."""
+    curve = smooth(record["curve"])
+    return max(best - x for best, x in zip(itertools.accumulate(curve, max), curve))
+
+
 def stopped(record):
     """The curve where the arm's own signal, mean of WINDOW steps, was highest: (step, score)."""
-    def smooth(x):
-        return [mean(x[i - WINDOW:i]) for i in range(WINDOW, len(x) + 1)]
-
     signal, curve = smooth(record["signal"]), smooth(record["curve"])
     step = max(range(len(signal)), key=signal.__getitem__)
     return step + WINDOW, curve[step]
@@ -253,6 +260,10 @@ def report(results, per_seed):
                           "length | own signal's best step | rollouts' score there | seconds in all | "
                           "seconds a step", [
                               ["SFT", "", sft, "", "", "0", per_seed("SFT", "length"), *[""] * 4], *rows])
+    lines += ["", "## Stability (Appendix F)", "", *claims.table(
+        "arm | deepest fall of the rollouts' score | deviation of the final score over worlds", [
+            [arm, [drawdown(seed[arm]) for seed in results["seeds"].values()],
+             f"{stdev(per_seed(arm, 'oracle')):.3f}" if len(sft) > 1 else ""] for arm in ARMS if arm != "DPO"])]
     for rival in ("PPO", "DVPO, pairs"):
         others = [arm for arm in EQUAL if arm != rival]
         differences = {arm: minus(per_seed(arm, "oracle"), per_seed(rival, "oracle")) for arm in others}

@@ -30,6 +30,7 @@ def test_verdicts(centre, spread, word):
 def test_the_arm_s_own_signal_says_where_to_stop():
     record = {"signal": [0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 0, 0], "curve": [float(i) for i in range(12)]}
     assert compare.stopped(record) == (10, 7.0)                                # the mean of steps 6 to 10 (5.0 ... 9.0)
+    assert compare.drawdown(record) == 0 and compare.drawdown({"curve": [0.0] * 5 + [5.0] * 5 + [2.0] * 5 + [9.0] * 5}) == 3
 
 
 def test_every_arm_s_flags_are_its_script_s(monkeypatch, tmp_path):
@@ -91,7 +92,7 @@ def test_it_runs_through(world, tmp_path, monkeypatch, capsys):
         assert results["chosen"][arm] == best[0] and len(tries) >= 4           # a rate, two beyond the edge, a knob
     assert set(results["step_seconds"]) == {"DVPO, pairs", "PPO", "GRPO", "ReMax"}
     assert len(results["seeds"]["21"]["PPO"]["curve"]) == len(results["seeds"]["21"]["PPO"]["signal"]) == 6
-    assert page.count("\n| DVPO, pairs |") == 3 and page.count("\n| DVPO, oracle |") == 2 and (tmp_path / "compare.png").exists()
+    assert page.count("\n| DVPO, pairs |") == 4 and page.count("\n| DVPO, oracle |") == 3 and (tmp_path / "compare.png").exists()
     labelled = [json.loads(line) for line in (tmp_path / "runs" / "seed21" / "labelled" / "scored.jsonl").read_text().splitlines()]
     scored = [json.loads(line) for line in (tmp_path / "runs" / "seed21" / "data" / "scored.jsonl").read_text().splitlines()]
     assert [row["response"] for row in labelled] == [row["response"] for row in scored] and labelled[0]["reward"] != scored[0]["reward"]
