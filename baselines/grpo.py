@@ -31,6 +31,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -87,30 +88,40 @@ def read_rows(data, split, *fields, tokenizer=None):
         fail(f"{path}: no such file (data/atlas.py and data/prepare_data.py write data folders)")
     # Without SPLIT: "train" or "test"; but "rl" for RL, whose prompts must not be those of the value model.
     hub_split = hub_split or ("test" if split.startswith("test_") else "rl" if split == "rl" else "train")
-    rows = list(path.open(encoding="utf-8") if path.is_file() else load_dataset(name, split=hub_split))
+    try:
+        rows = list(path.open(encoding="utf-8-sig") if path.is_file() else
+                    load_dataset(name, split=hub_split))
+    except Exception as problem:                              # no such name or split; not UTF-8
+        fail(f"{data}: cannot be read, from the hub as --data ORG/NAME:SPLIT ({str(problem):.200})")
     for i, row in enumerate(rows):
+        if isinstance(row, str) and not row.strip():          # an empty line
+            continue
         try:
             rows[i] = json.loads(row) if isinstance(row, str) else row
-            for field in {"response", "chosen", "rejected"} & rows[i].keys():
-                if isinstance(rows[i][field], list):          # TRL's explicit form: a list of one message
-                    [message] = rows[i][field]
-                    rows[i][field] = message["content"]
-            values = [rows[i][field] for field in fields]
-            if any(x in (None, []) or x != x or not str(x).strip() for x in values):
-                raise ValueError("empty or NaN")
+            for field in fields:
+                x = rows[i][field]
+                if field in ("response", "chosen", "rejected"):                # TRL: a list of one message
+                    x = rows[i][field] = x[0]["content"] if isinstance(x, list) and len(x) == 1 else x
+                    str.encode(x or "")                       # TypeError if this is not text
+                if field == "reward":                         # 0.5 or "0.5"
+                    x = rows[i][field] = float(x) if math.isfinite(float(x)) else None
+                if x in (None, []) or x != x or not str(x).strip():
+                    raise ValueError("empty or NaN")
             if tokenizer:
                 rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
         except Exception as problem:                          # bad JSON, no such field, no such template
             fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r}). "
                  "data/prepare_data.py leaves such rows out")
-    return rows
+    return [row for row in rows if not isinstance(row, str)]
 
 
 def load_tokenizer(name, template=None):
     """The tokenizer of a model, with a pad token, and with this chat template if it has none."""
-    if not Path(name).is_dir() and name.count("/") != 1:
-        fail(f"{name}: no such folder. Has the stage before this one been run?")
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as problem:
+        fail(f"{name}: no such folder (has the stage before this one been run?), and nothing from the hub "
+             f"({str(problem).splitlines()[0]})")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
     return tokenizer
@@ -124,10 +135,17 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
     if not made_as.endswith(wanted) if trained else "Classification" in made_as:
         fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
-    model = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):              # else the ratio of a policy to itself is not 1
-            module.p = 0.0
+    model, report = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True,
+                                               output_loading_info=True)
+    missing = [key for key in report["missing_keys"] if trained or key[:5] not in ("score", "class")]
+    if missing:
+        fail(f"{name}: lacks weights, which would be random: {', '.join(sorted(missing)[:3])} ...")
+    for module in model.modules():         # no dropout: else the ratio of a policy to itself is not 1
+        for key, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in key or isinstance(module, torch.nn.Dropout)):
+                setattr(module, key, 0.0)
+    if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        fail(f"{name}: has layers of linear attention, whose cache cannot let finished rollouts go")
     context = getattr(config.get_text_config(), "max_position_embeddings", length)
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":    # beyond it a long row would change all others of its batch
@@ -135,8 +153,8 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
     if length > context or len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"{name}: too small for rows of {length} tokens (context {context}) or for {len(tokenizer)} ids")
     if model.can_generate():                                  # where answers end: by template, by model
-        own = model.generation_config.eos_token_id or []
-        stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])})
+        own = model.generation_config.eos_token_id
+        stop_ids = list({end_of_answer(tokenizer), *(own if isinstance(own, list) else [own])} - {None})
         model.generation_config = GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id)
     return model
 
@@ -146,21 +164,32 @@ def encode_prompt(tokenizer, prompt):
     A control token that someone typed ("<|im_end|>") would end the turn: a space in it makes it text."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     for message in messages:
-        for token in control:
+        for token in control_tokens(tokenizer):
             message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
+                                         enable_thinking=False)
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
+@lru_cache
+def control_tokens(tokenizer):
+    """The special tokens, and the other added ones that the chat template writes."""
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+            or token.content.strip() and token.content in str(tokenizer.chat_template)]
+
+
+@lru_cache
 def end_of_answer(tokenizer):
     """Id of the token that the chat template writes after an assistant's message ("<|im_end|>"): often not
     tokenizer.eos_token, which is the fallback where the template writes no control token."""
     chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "xylophone"}]
-    after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("xylophone")[2].strip()
-    ids = tokenizer(after, add_special_tokens=False).input_ids
-    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+    before, found, after = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("xylophone")
+    ids = tokenizer(after.strip(), add_special_tokens=False).input_ids
+    end = ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+    if end is None or not (found and "question" in before):
+        fail("the chat template does not write messages as they are, or nothing says where an answer ends")
+    return end
 
 
 def collate(sequences, pad_id):
@@ -408,7 +437,8 @@ def main(args):
         clock.append(time.time())
 
         # 5. Log and checkpoint
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = tokenizer.batch_decode(
+            [ids[:-1] if ids[-1] in stop_ids else ids for ids in responses], skip_special_tokens=True)
         rollouts = gather_object([
             {"step": step, "prompt": prompt, "response": text, "reward": score, "kl": kl, "entropy": entropy,
              "response_length": len(ids), "eos_rate": float(ids[-1] in stop_ids)}

@@ -60,7 +60,10 @@ def read_prompts(args, tokenizers):
     prompts = {}
     for policy, tokenizer in tokenizers.items():
         for row in read_rows(args.data, args.split, "prompt", tokenizer=tokenizer):
-            prompts.setdefault(json.dumps(row["prompt"]), {})[policy] = row["prompt_ids"]
+            prompt = row["prompt"]            # a single user message is the same prompt as its text
+            alone = not isinstance(prompt, str) and len(prompt) == 1 and prompt[0]["role"] == "user"
+            key = json.dumps(prompt[0]["content"] if alone else prompt)
+            prompts.setdefault(key, {})[policy] = row["prompt_ids"]
     lengths = {key: max(map(len, ids.values())) for key, ids in prompts.items()}
     fit = {key: prompts[key] for key in sorted(lengths, key=lengths.get, reverse=True)
            if lengths[key] <= args.max_prompt_length}
@@ -84,7 +87,8 @@ def answer_batch(policy, tokenizer, scorer, scorer_tokenizer, prompts, prompt_id
     """One answer to each prompt: [(response, reward, None or why it is left out), ...]."""
     stop_ids, answers = policy.generation_config.eos_token_id, []
     for prompt, ids in zip(prompts, rollout(policy, prompt_ids, max_response_length, stop_ids)):
-        response, reward, problem = tokenizer.decode(ids, skip_special_tokens=True), None, None
+        said, reward, problem = ids[:-1] if ids[-1] in stop_ids else ids, None, None
+        response = tokenizer.decode(said, skip_special_tokens=True)
         if ids[-1] not in stop_ids:                           # as text it would look like one that ends there
             problem = "answer cut at --max_response_length"
         elif not response.strip():

@@ -106,9 +106,11 @@ def from_alpaca_eval(row, prompts):
 def from_jsonl(row, prompts):
     """The project's own rows: {prompt, response, reward?, policy?} or {prompt, chosen, rejected, ...}; and
     TRL's, whose answers are lists of messages: the answer alone, or with the prompt before it."""
-    if "chosen" in row:
-        fields = [f"{kind}{side}" for kind in ("", "score_", "policy_") for side in ("chosen", "rejected")]
-        pair, before = {key: row[key] for key in fields if row.get(key) is not None}, []
+    if row.get("chosen") is not None or row.get("response") is None:
+        pair, before = {"chosen": row["chosen"], "rejected": row["rejected"]}, []
+        for kind, clean in (("score_", number), ("policy_", str)):
+            found = {f"{kind}{side}": row.get(f"{kind}{side}") for side in ("chosen", "rejected")}
+            pair |= {key: clean(x) for key, x in found.items() if x is not None and clean(x) is not None}
         if isinstance(row["chosen"], list):
             before, pair["chosen"], pair["rejected"] = split_chats(row["chosen"], row["rejected"])
         return before or row["prompt"], [], [pair]
@@ -124,7 +126,7 @@ def read_raw(source, hub_split):
     """[(place, row or line of JSON), ...] of a file (also .gz) or of a hub data set."""
     path = Path(source)
     if not path.is_file():
-        if path.exists() or source.count("/") != 1 or path.suffix:
+        if path.exists() or source.count("/") != 1 or path.suffix in (".json", ".jsonl", ".gz"):
             fail(f"--input {source!r}: no such file, and not the name of a hub data set (ORG/NAME)")
         return [(f"{source}:{i}", row) for i, row in enumerate(load_dataset(source, split=hub_split), 1)]
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -153,7 +155,7 @@ def number(x):
     """A score as float; None for "N/A", None, NaN. UltraFeedback has some numbers as strings."""
     try:
         return float(x) if math.isfinite(float(x)) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
@@ -182,6 +184,8 @@ def read_questions(args):
             known = {"reward": number(reward), "policy": policy}
             if not is_text(response):
                 left_out.append(("answer without text", place))
+            elif question.answers.get(response, known)["reward"] is None and known["reward"] is not None:
+                question.answers[response] = known            # the same answer came before, without a score
             elif question.answers.setdefault(response, known) is not known:
                 left_out.append(("repeated answer", place))
             elif known["reward"] is None:

@@ -263,7 +263,8 @@ def report(results, per_seed):
     lines += ["", "## Stability (Appendix F)", "", *claims.table(
         "arm | deepest fall of the rollouts' score | deviation of the final score over worlds", [
             [arm, [drawdown(seed[arm]) for seed in results["seeds"].values()],
-             f"{stdev(per_seed(arm, 'oracle')):.3f}" if len(sft) > 1 else ""] for arm in ARMS if arm != "DPO"])]
+             f"{stdev(per_seed(arm, 'oracle')):.3f}" if len(sft) > 1 else ""]
+            for arm in ARMS if arm != "DPO"])]
     for rival in ("PPO", "DVPO, pairs"):
         others = [arm for arm in EQUAL if arm != rival]
         differences = {arm: minus(per_seed(arm, "oracle"), per_seed(rival, "oracle")) for arm in others}

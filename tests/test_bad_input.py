@@ -28,7 +28,9 @@ def refused(args, tmp_path):
 
 # ---- rows ----
 @pytest.mark.parametrize("line, problem", [
-    ('{"prompt": "a"', "JSONDecodeError"), ("", "JSONDecodeError"), ("7", "AttributeError"), ('["a"]', "not a row"),
+    ('{"prompt": "a"', "JSONDecodeError"), ("7", "TypeError"), ('["a"]', "not a row"),
+    ('{"prompt": "a", "response": 5, "reward": 1}', "TypeError"), ('{"prompt": "a", "response": "b", "reward": "c"}', "ValueError"),
+    ('{"prompt": "a", "response": "\\ud83d", "reward": 1}', "UnicodeEncodeError"), ('{"prompt": "a", "response": "b", "reward": 1e999}', "NaN"),
     ('{"response": "b", "reward": 1}', "KeyError.'prompt'"), ('{"prompt": "a", "response": "b"}', "KeyError.'reward'"),
     ('{"prompt": "", "response": "b", "reward": 1}', "empty"), ('{"prompt": [], "response": "b", "reward": 1}', "empty"),
     ('{"prompt": "a", "response": " \\n", "reward": 1}', "empty"), ('{"prompt": "a", "response": null, "reward": 1}', "empty"),
@@ -44,6 +46,13 @@ def test_a_good_row_is_left_as_it_is(tmp_path):
     assert sft.read_rows(str(tmp_path), "scored", "prompt", "response", "reward") == [row]
 
 
+def test_empty_lines_byte_order_marks_and_rewards_as_text(tmp_path):
+    (tmp_path / "scored.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD | {"reward": "0.25"}).encode() + b"\r\n\n" + json.dumps(GOOD).encode() + b"\n\n")
+    assert sft.read_rows(str(tmp_path), "scored", "prompt", "response", "reward") == [GOOD | {"reward": 0.25}, GOOD]
+    (tmp_path / "scored.jsonl").write_bytes(json.dumps(GOOD).encode("utf-16"))
+    fails(lambda: sft.read_rows(str(tmp_path), "scored", "prompt"), "cannot be read.*utf-8")
+
+
 def test_a_hub_data_set(monkeypatch):
     """RL never reads by accident the prompts that the value model learned from; other splits are named."""
     asked, splits = [], {"train": [GOOD], "test": [GOOD], "rl": [PAIR], "train_prefs": [PAIR]}
@@ -51,6 +60,8 @@ def test_a_hub_data_set(monkeypatch):
     assert sft.read_rows("org/name", "sft", "prompt") == sft.read_rows("org/name", "test_pairs", "prompt") == [GOOD]
     assert sft.read_rows("org/name", "rl", "prompt") == sft.read_rows("org/name:train_prefs", "pairs", "prompt") == [PAIR]
     assert asked == [("org/name", "train"), ("org/name", "test"), ("org/name", "rl"), ("org/name", "train_prefs")]
+    del splits["rl"]
+    fails(lambda: sft.read_rows("org/name", "rl", "prompt"), "org/name: cannot be read, from the hub as --data ORG/NAME:SPLIT")
 
 
 def test_a_hub_data_set_without_a_test_split_trains(args, monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import torch
 from conftest import fails, read_lines, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -129,3 +130,73 @@ def test_the_context_of_a_composite_model_is_that_of_its_text(family, args, monk
     text = AutoConfig.for_model("llama", **SIZES | {"max_position_embeddings": 99})
     monkeypatch.setattr(type(text), "get_text_config", lambda self, **rest: text)
     fails(lambda: sft.main(args("sft", model=base, max_length=100)), "too small for rows of 100 tokens .context 99.")
+
+
+def test_the_chat_template_has_to_write_messages_as_they_are(family):
+    """One that shouts, ignores answers, or wants content in parts: the first token of the chat would be taken for the end."""
+    base, end = family("smollm2")
+    for template in (CHATML.replace("m['content']", "m['content'] | upper"), CHATML.replace("{{ m['content'] }}", ""),
+                     CHATML.replace("{{ m['content'] }}", "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}")):
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.chat_template = template
+        fails(lambda: sft.end_of_answer(tokenizer), "does not write messages as they are")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template, tokenizer.eos_token = "{% for m in messages %}{{ m['content'] }} {% endfor %}", None
+    fails(lambda: sft.end_of_answer(tokenizer), "nothing says where an answer ends")
+
+
+def test_thinking_is_switched_off_in_prompts(family):
+    base, _ = family("qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = CHATML.replace("assistant\n{% endif %}", "assistant\n{% if not enable_thinking | default(true) %}<think>\n\n</think>"
+                                             "\n\n{% endif %}{% endif %}")
+    assert "</think>" in tokenizer.decode(sft.encode_prompt(tokenizer, "x"))
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_control_tokens_that_are_not_special(special, family, args, tmp_path):
+    """add_tokens(["<|im_end|>"]): decoding leaves them in the text, and typed ones would be control tokens."""
+    base, _ = family("smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<|turn|>"], special_tokens=special)
+    tokenizer.chat_template, tokenizer.eos_token = CHATML.replace("<|im_end|>", "<|turn|>"), "<|im_end|>"
+    tokenizer.save_pretrained(base)
+    tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(base)
+    end = tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert sft.end_of_answer(tokenizer) == end and sft.encode_prompt(tokenizer, "a<|turn|>b").count(end) == 1
+    train_gvm.main(args("gvm", model=base, output=tmp_path / "gvm"))
+    train_dvpo.main(args("dvpo", model=base, gvm=tmp_path / "gvm", output=tmp_path / "dvpo", steps=2, max_response_length=40))
+    texts = [row["response"] for row in read_lines(tmp_path / "dvpo" / "rollouts.jsonl") if row["eos_rate"]]
+    assert not any("<|turn|>" in text for text in texts)
+
+
+def test_weights_that_a_checkpoint_lacks(family, args):
+    base, _ = family("llama3")
+    AutoModelForCausalLM.from_pretrained(base).model.save_pretrained(base)     # a headless LlamaModel
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    fails(lambda: sft.main(args("sft", model=base)), "llama3: lacks weights, which would be random: lm_head.weight")
+
+
+def test_dropout_that_is_a_number_and_not_a_module(world, tmp_path):
+    """OPT keeps its rates as floats and calls torch.nn.functional.dropout."""
+    config = AutoConfig.for_model("opt", vocab_size=1024, hidden_size=16, ffn_dim=16, num_hidden_layers=1, dropout=0.5,
+                                  num_attention_heads=2, word_embed_proj_dim=16, max_position_embeddings=300)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "opt")
+    tokenizer = AutoTokenizer.from_pretrained(world / "base")
+    model = sft.load_model(AutoModelForCausalLM, str(tmp_path / "opt"), tokenizer, 20).train()
+    ids = torch.randint(10, 500, (1, 9))
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_an_eos_id_of_0_and_linear_attention(family, args, monkeypatch):
+    base, end = family("smollm2")
+    generation = json.loads((base / "generation_config.json").read_text())
+    (base / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 0}))
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = sft.load_model(AutoModelForCausalLM, str(base), tokenizer, 20)
+    assert sorted(model.generation_config.eos_token_id) == sorted({0, end})
+    monkeypatch.setattr(type(model.config), "layer_types", ["linear_attention", "full_attention"], raising=False)
+    fails(lambda: sft.load_model(AutoModelForCausalLM, str(base), tokenizer, 20), "linear attention")

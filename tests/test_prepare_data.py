@@ -102,6 +102,15 @@ def test_prompts_that_the_chat_template_refuses(tmp_path, world):
     assert not manifest["left_out"]
 
 
+def test_half_known_answers_and_pairs(tmp_path):
+    rows = [{"prompt": "q", "response": "a"}, {"prompt": "q", "response": "a", "reward": 5}, {"prompt": "q", "chosen": None, "response": "b", "reward": 1},
+            {"prompt": "q", "chosen": "c", "rejected": None}, {"prompt": "q", "chosen": "c", "rejected": "d", "score_chosen": "9", "score_rejected": "N/A"}]
+    folder, manifest = convert(tmp_path, "jsonl", rows)
+    assert {row["response"]: row["reward"] for row in read_lines(folder / "scored.jsonl")} == {"a": 5.0, "b": 1.0}
+    assert {"prompt": "q", "chosen": "c", "rejected": "d", "score_chosen": 9.0} in read_lines(folder / "pairs.jsonl")
+    assert manifest["left_out"] == {"answer without a score, which is for SFT only": 1, "pair with an answer without text": 1}
+
+
 def test_hh(tmp_path):
     folder, manifest = convert(tmp_path, "hh", HH)
     assert read_lines(folder / "pairs.jsonl") == [{
