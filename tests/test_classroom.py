@@ -82,9 +82,14 @@ def test_no_stub_and_no_lazy_body_passes_any_test(tmp_path):
         assert all(x["score"] == 0 for x in found), [x["name"] for x in found if x["score"]]
 
 
+SLOW = pytest.mark.distributed
+
+
 @pytest.mark.parametrize("body, why", [
-    ("    while True:\n        pass\n", "not finished after"), ("    import os\n    os._exit(0)\n", "the process ended"),
-    ("    import not_there\n", "not_there"), ("    print('x' * 10_000_000)\n    raise SystemExit\n", "SystemExit")])
+    ("    while True:\n        pass\n", "not finished after"),
+    pytest.param("    import os\n    os._exit(0)\n", "the process ended", marks=SLOW),
+    pytest.param("    import not_there\n", "not_there", marks=SLOW),
+    pytest.param("    print('x' * 10_000_000)\n    raise SystemExit\n", "SystemExit", marks=SLOW)])
 def test_what_a_body_does_costs_its_own_points_only(body, why, tmp_path, monkeypatch):
     monkeypatch.setattr(classroom, "PLUGIN", classroom.PLUGIN.replace(f"alarm({classroom.SECONDS})", "alarm(4)"))
     one = {name: FUNCTIONS[name] for name in ("kl_reward", "advantage_q")}
@@ -110,14 +115,22 @@ def test_bugs_are_not_called_like_the_healthy_run():
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_each_bug_is_one_line_and_found_by_the_test_that_is_named(name):
+def test_each_bug_is_one_line(name):
     bug = BUGS[name]
     before, after = TEXT[bug["file"]].splitlines(), classroom.with_bug(bug).splitlines()
     assert sum(a != b for a, b in zip(before, after, strict=True)) == 1
-    if bug["test"]:
-        assert classroom.run_tests({bug["file"]: classroom.with_bug(bug)}, [bug["test"]])[bug["test"]]
 
 
+@SLOW
+@pytest.mark.parametrize("name", BUGS)
+def test_each_bug_is_found_by_the_test_that_is_named_or_by_none(name):
+    text, test = {BUGS[name]["file"]: classroom.with_bug(BUGS[name])}, BUGS[name]["test"]
+    graded = sorted({test for x in FUNCTIONS.values() for test in x["tests"]})
+    found = {name for name, why in classroom.run_tests(text, graded).items() if why}
+    assert test in found if test else not found
+
+
+@SLOW
 def test_matching_and_a_test_of_ones_own(tmp_path):
     key = tmp_path / "key.json"
     key.write_text(json.dumps({"runs": {"A": 2, "B": 1}, "assigned": "KL"}))
