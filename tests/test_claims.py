@@ -108,7 +108,7 @@ def test_experiments_stand_alone_and_say_hypothesis_method_command_result():
         tree = ast.parse((ROOT / "experiments" / f"{name}.py").read_text())
         imported = {(node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0] for node in ast.walk(tree)
                     if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-        assert not imported & {*NAMES, "compare", "value_models", "compute", "real_data"}, name
+        assert not imported & {*NAMES, "compare", "value_models", "compute"}, name
         text = ast.get_docstring(tree)
         places = [text.index(f"\n{word} ") for word in ("Hypothesis", "Method", "Command", "Result")]
         assert places == sorted(places), name
