@@ -165,7 +165,7 @@ def encode_prompt(tokenizer, prompt):
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     for message in messages:
-        for token in control_tokens(tokenizer):
+        for token in control_tokens(tokenizer) * (message["role"] != "assistant"):           # who may think
             message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
                                          enable_thinking=False)
@@ -174,9 +174,9 @@ def encode_prompt(tokenizer, prompt):
 
 @lru_cache
 def control_tokens(tokenizer):
-    """The special tokens, and the other added ones that the chat template writes."""
+    """The special tokens, and others in angle or square brackets that were added and the template writes."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-            or token.content.strip() and token.content in str(tokenizer.chat_template)]
+            or token.content[0] in "<[" and token.content in str(tokenizer.chat_template)]
 
 
 @lru_cache
