@@ -85,7 +85,7 @@ def read_rows(data, split, *fields, tokenizer=None):
         rows = list(path.open(encoding="utf-8-sig") if path.is_file() else
                     load_dataset(name, split=hub_split))
     except Exception as problem:                              # no such name or split; not UTF-8
-        fail(f"{data}: cannot be read, from the hub as --data ORG/NAME:SPLIT ({str(problem):.200})")
+        fail(f"{data}: cannot be read ({str(problem):.200}). From the hub: --data ORG/NAME:SPLIT")
     for i, row in enumerate(rows):
         if isinstance(row, str) and not row.strip():          # an empty line
             continue
@@ -113,8 +113,8 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), and nothing from the hub "
-             f"({str(problem).splitlines()[0]})")
+        fail(f"{name}: no such folder (has the stage before this one been run?), nor to be had from the hub: "
+             f"{str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
     return tokenizer
@@ -126,8 +126,9 @@ def encode_prompt(tokenizer, prompt):
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     for message in messages:
-        for token in control_tokens(tokenizer) * (message["role"] != "assistant"):           # who may think
-            message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
+        for token in control_tokens(tokenizer):
+            if message["role"] != "assistant":                # whose earlier turns may hold <think>
+                message["content"] = message["content"].replace(token, f"{token[0]} {token[1:]}")
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False,
                                          enable_thinking=False)
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -499,13 +500,13 @@ def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.f
                                                output_loading_info=True)
     missing = [key for key in report["missing_keys"] if trained or key[:5] not in ("score", "class")]
     if missing:
-        fail(f"{name}: lacks weights, which would be random: {', '.join(sorted(missing)[:3])} ...")
+        fail(f"{name}: lacks weights, which would start at random: {', '.join(sorted(missing)[:3])} ...")
     for module in model.modules():         # no dropout: else the ratio of a policy to itself is not 1
         for key, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in key or isinstance(module, torch.nn.Dropout)):
                 setattr(module, key, 0.0)
     if "linear_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
-        fail(f"{name}: has layers of linear attention, whose cache cannot let finished rollouts go")
+        fail(f"{name}: has linear attention, and finished rollouts cannot be taken out of its cache")
     context = getattr(config.get_text_config(), "max_position_embeddings", length)
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":    # beyond it a long row would change all others of its batch
