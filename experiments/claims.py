@@ -5,8 +5,10 @@ world, models and policies of one seed are side by side in runs/claims/seedN. An
 run; one that is there is not made again, so that a stopped `make claims` goes on.
 """
 import argparse
+import gc
 import hashlib
 import importlib
+import itertools
 import json
 import multiprocessing
 import operator
@@ -76,6 +78,9 @@ def train(script, output, **flags):
             file.stat().st_mtime_ns > made.stat().st_mtime_ns for file in inputs):
         with words_to(output.with_name(f"{output.name}.log")):
             stage.main(args)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return output
 
 
@@ -227,10 +232,11 @@ def token_values(folder, sequences):
     """Of [(prompt ids, response ids), ...] the values at the last prompt token and each response token,
     [[V(s_1), Q_1, ...], ...]; a GVM's in units of its scores. A critic's V(s_{t+1}), read at a_t, is its
     Q(s_t, a_t); at the end it has none. A reward model is read as if the answer ended at each token."""
-    model, values = AutoModelForTokenClassification.from_pretrained(folder).eval(), []
+    model = AutoModelForTokenClassification.from_pretrained(folder).eval().to(evaluate.DEVICE)
+    values = []
     scale = getattr(model.config, "gvm", {"reward_mean": 0.0, "reward_std": 1.0})
     for prompt, response in sequences:
-        q = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1:, 0]
+        q = model(torch.tensor([[*prompt, *response]], device=model.device)).logits[0, len(prompt) - 1:, 0]
         values.append((q * scale["reward_std"] + scale["reward_mean"]).tolist())
     return values
 
@@ -247,6 +253,16 @@ def parser(doc, seeds=(21, 22, 23, 24, 25), runs="runs/claims"):
     return parser
 
 
+@contextmanager
+def workers(jobs):
+    """Like itertools.starmap (a list of calls), with `jobs` calls at a time, each in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    pools = ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) if jobs > 1 else nullcontext()
+    with pools as pool:
+        yield lambda function, calls: (pool.map(function, *zip(*calls)) if pool and calls
+                                       else itertools.starmap(function, calls))
+
+
 def over_seeds(run_seed, args, *more):
     """{seed: run_seed(folder, seed, scale, *more)}. What a seed found is kept until the arguments change, or
     the script does, up to the section that puts the answer together."""
@@ -261,10 +277,8 @@ def over_seeds(run_seed, args, *more):
     kept = {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
     new = [seed for seed in args.seeds if kept.get(seed, {}).get("made by") != version]
     jobs = [(files[seed].parent, seed, args.scale, *more) for seed in new]
-    spawn = multiprocessing.get_context("spawn")
-    with (ProcessPoolExecutor(args.jobs, spawn, torch.set_num_threads, (1,)) if args.jobs > 1
-          else nullcontext()) as pool:
-        for seed, found in zip(new, (pool.map if pool else map)(run_seed, *zip(*jobs)) if jobs else ()):
+    with workers(args.jobs) as at_once:
+        for seed, found in zip(new, at_once(run_seed, jobs)):
             kept[seed] = {"made by": version, "found": found}
             files[seed].write_text(json.dumps(kept[seed]), encoding="utf-8")
     return {str(seed): kept[seed]["found"] for seed in args.seeds}
@@ -326,6 +340,11 @@ def commit():
     return subprocess.run(git, shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
+def machine():
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
+    return ", ".join([platform.machine(), f"{os.cpu_count()} cores", *gpu])
+
+
 def write_result(folder, name, numbers, lines):
     """NAME.json and NAME.md."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -346,7 +365,7 @@ def run(doc, run_seed, answer):
     command = f"python experiments/{name}.py --seeds {' '.join(seeds)} --scale {args.scale:g}"
     method = doc[doc.index("Hypothesis"):doc.index("Command")].rstrip().splitlines()
     lines = [f"# {doc.splitlines()[0]}", "", *(f"    {line}" for line in method), "",
-             f"`{command}`, commit {commit()}, {platform.machine()}, {os.cpu_count()} cores. Mean over the "
+             f"`{command}`, commit {commit()}, {machine()}. Mean over the "
              "seeds and its 95 % interval (Student's t over seeds).", "",
              *table("claim | verdict | numbers", [
                  (claim, f"**{word}**", numbers) for claim, (word, numbers) in claims.items()]),

@@ -3,14 +3,15 @@
 #   (a) Atlas's four stages in bfloat16, the demo's numbers beside the CPU's (experiments/results/demo.json)
 #   (b) a run that is killed and resumed   (c) experiments/compute.py, shapes of Llama-3.2-1B and 3B
 # OUT gets summary.md, log.txt and the results as they come; models stay in a temporary folder.
-# DRY=1: on a CPU with tiny sizes, two minutes.   PYTHON=python3: which python.
+# DRY=1: on a CPU with tiny sizes, two minutes.   PYTHON=python3: which python.   PARTS=atlas, PARTS=compute: (a)
+# and (b) alone, (c) alone.
 set -u
 OUT=$(mkdir -p "${1:?bash experiments/gpu.sh OUT}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 export RUN=$WORK/atlas HF_HUB_OFFLINE=1
-PYTHON=${PYTHON:-python3} DRY=${DRY:-}
+PYTHON=${PYTHON:-python3} DRY=${DRY:-} PARTS=${PARTS:-atlas compute}
 LAUNCH="$PYTHON -m accelerate.commands.launch --num_processes 1 --num_machines 1 --dynamo_backend no"
 LAUNCH="$LAUNCH --mixed_precision bf16" COMPUTE="$PYTHON experiments/compute.py --steps 1 --output $OUT"
 ROWS="--micro_batch_size 16" ONLINE="" SAMPLES="" SLOWER=1
@@ -45,6 +46,7 @@ DATA="--data $RUN/data" DVPO="--model $RUN/sft --gvm $RUN/gvm --data $RUN/data"
 export LAUNCH ONLINE DVPO; export -f kill_and_resume
 
 : >"$OUT/summary.md"; : >"$OUT/log.txt"
+if [[ $PARTS == *atlas* ]]; then
 part world 20 $PYTHON data/atlas.py world --output "$RUN"
 [ -z "$DRY" ] || sed -i '161,$d' "$RUN"/data/*.jsonl
 part sft 60 $LAUNCH sft.py --model "$RUN/base" $DATA --output "$RUN/sft" $ROWS
@@ -54,7 +56,10 @@ part values 40 $PYTHON evaluate.py values --models "$RUN/gvm" $DATA --output "$R
 part policy 30 $PYTHON evaluate.py policy --models "$RUN"/{sft,dvpo} $DATA --output "$RUN/eval" $SAMPLES
 cp "$RUN"/eval/*.json "$OUT"
 part resume 50 bash -c kill_and_resume
-if [ -n "$DRY" ]; then
+fi
+if [[ $PARTS != *compute* ]]; then
+    echo
+elif [ -n "$DRY" ]; then
     part compute_tiny 60 $COMPUTE --shape tiny --rounds 1 --prompt_length 16 --response_length 16 \
         --batch_size 16 --mini_batch_size 8 --micro_batch_size 4
 else
@@ -65,7 +70,7 @@ else
         --batch_size 8 --mini_batch_size 4 --micro_batch_size 2 --gradient_checkpointing --rounds 1 \
         --methods DVPO GRPO PPO
 fi
-PYTHONPATH=data${PYTHONPATH:+:$PYTHONPATH} $PYTHON - <<'PY' >>"$OUT/summary.md" 2>>"$OUT/log.txt"
+[[ $PARTS != *atlas* ]] || PYTHONPATH=data${PYTHONPATH:+:$PYTHONPATH} $PYTHON - <<'PY' >>"$OUT/summary.md" 2>>"$OUT/log.txt"
 import atlas, json, os, pathlib
 both = [atlas.read_summary(pathlib.Path(os.environ["RUN"])),
         json.loads(pathlib.Path("experiments/results/demo.json").read_text())["seeds"]["1"]]
@@ -79,4 +84,5 @@ print("\n| | here | CPU, demo.json, seed 1 |\n|---|---|---|")
 for name, (here, there) in rows.items():
     print(f"| {name} | {here:.3f} | {there:.3f} |")
 PY
-tail -n +4 "$OUT/compute.md" >>"$OUT/summary.md"; cat "$OUT/summary.md"
+[[ $PARTS != *compute* ]] || tail -n +4 "$OUT/compute.md" >>"$OUT/summary.md"
+cat "$OUT/summary.md"

@@ -13,7 +13,6 @@ Command     python data/smollm2.py; python experiments/preferences.py --hh FILE 
 """
 import argparse
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -72,6 +71,16 @@ def accuracies(scores, rows, tokenizer, seed):
             for group, numbers in groups.items() if len(numbers)}
 
 
+def rank(script, run, flags):
+    """accuracies() of a model that is trained with these flags, on the held-out pairs of its data."""
+    began = time.time()
+    claims.train(script, run, **flags)
+    held_out = evaluate.ValuesArgs(data=str(flags["data"].with_name("data")), max_length=LONGEST)
+    kept, _, scores = evaluate.score_pairs(str(run), held_out)
+    print(f"{run}: {time.time() - began:.0f} s", flush=True)
+    return accuracies(scores, kept, evaluate.load_tokenizer(flags["model"]), 1)
+
+
 # ---- The answer ----
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -80,22 +89,21 @@ def main():
     parser.add_argument("--alpaca", required=True)
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the pairs: a trial")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time, one thread each")
     parser.add_argument("--precision", choices=("no", "bf16"), default="bf16")
     parser.add_argument("--runs", default="runs/preferences")
     parser.add_argument("--output", default=str(claims.ROOT / "experiments/results"))
     args = parser.parse_args()
-    os.environ["ACCELERATE_MIXED_PRECISION"], started = args.precision, time.time()
-    folder, tokenizer, found, rows = Path(args.runs), evaluate.load_tokenizer(args.model), {}, []
-    for name, data in write_data(folder, args).items():
-        common = {"model": args.model, "data": data, "epochs": 2, "batch_size": 16, "micro_batch_size": 4,
-                  "max_length": LONGEST, "lr": 3e-5, "warmup_steps": 10}
-        models = {"GVM": ("train_gvm", {"supervision": "pairs"}), "ScalarRM": ("baselines.reward_model", {})}
+    os.environ["ACCELERATE_MIXED_PRECISION"] = args.precision
+    models = {"GVM": ("train_gvm", {"supervision": "pairs"}), "ScalarRM": ("baselines.reward_model", {})}
+    calls, rows = {}, []
+    for name, data in write_data(Path(args.runs), args).items():
         for model, (script, flags) in models.items():
-            run = claims.train(script, data.parent / f"{data.name}_{model}", **flags | common)
-            held_out = evaluate.ValuesArgs(data=str(data.with_name("data")), max_length=LONGEST)
-            kept, _, scores = evaluate.score_pairs(str(run), held_out)
-            found[f"{name}: {model}"] = accuracies(scores, kept, tokenizer, 1)
-            print(name, model, f"{time.time() - started:.0f} s", flush=True)
+            calls[f"{name}: {model}"] = (script, data.parent / f"{data.name}_{model}", flags | {
+                "model": args.model, "data": data, "epochs": 2, "batch_size": 16, "micro_batch_size": 16,
+                "max_length": LONGEST, "lr": 3e-5, "warmup_steps": 10})
+    with claims.workers(args.jobs) as at_once:
+        found = dict(zip(calls, at_once(rank, list(calls.values()))))
 
     def number(x):
         return f"{x['mean']:.3f} ({x['low']:.3f} to {x['high']:.3f})" if x else ""
@@ -107,7 +115,7 @@ def main():
     about = __doc__[__doc__.index("Hypothesis"):__doc__.index("Command")].rstrip().splitlines()
     lines = [f"# {__doc__.splitlines()[0]}", "", *(f"    {line}" for line in about), "",
              f"`python experiments/preferences.py --scale {args.scale:g}`, model {args.model}, precision "
-             f"{args.precision}, commit {claims.commit()}, {platform.machine()}, {os.cpu_count()} cores. "
+             f"{args.precision}, commit {claims.commit()}, {claims.machine()}. "
              "Accuracy on held-out pairs and its 95 % interval (bootstrap over prompts).", "",
              *claims.table("trained on: model | held-out pairs | number | mean | last | p10 | p90 | "
                            "longer wins | shorter wins", rows)]

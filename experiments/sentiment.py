@@ -9,11 +9,13 @@ Method      Openings of reviews and letters (data/sentiment_prompts.txt): 160 fo
             a system message and a temperature, which are the policies. SFT: one pass over the answers of the
             calm one (temperature 0.7) that end: the start of every arm. Then, of the same pairs: a reward
             model and a GVM; a second GVM of the scores. All arms have the same prompts, number of rollouts
-            and KL coefficient. Learning rate: the best of three on two other seeds, by the true score of the
-            last rollouts of a short run; test prompts play no part. Data, SFT, GVMs and reward model are
-            shared: seeds differ in the policy's training.
+            and KL coefficient. Learning rate: the best of three on two other seeds, by the objective, true
+            score - kl_coef x KL to the start, of the last rollouts of a shorter run (DPO has none: of answers
+            to the RL prompts); test prompts play no part. By the score alone the rates would win that give
+            up on language. Data, SFT, GVMs and reward model are shared: a seed is of the policy's training.
             Fluency: perplexity of the answers under the SFT model. distinct-2: different pairs of
-            neighbouring words, as a share of all; it falls when a policy repeats itself.
+            neighbouring words, as a share of all; it falls when a policy repeats itself. Arms end at unlike
+            KL; "score at 2 nats" is that of a run's rollouts when their KL first passes 2 nats.
             True Q of a prefix: the mean score of eight completions by the policy in question.
 Command     pip install vaderSentiment==3.3.2; python data/smollm2.py; python experiments/sentiment.py
 """
@@ -21,7 +23,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import sys
@@ -53,7 +54,7 @@ LONGEST, PROMPT = (RECIPE["train_dvpo"][f"max_{x}_length"] for x in ("response",
 POLICIES = {"calm": ("", 0.7), "plain": ("", 1.0),            # name: system message, temperature
             "cheerful": ("You are cheerful and love everything.", 0.8),
             "grumpy": ("You hate everything and complain.", 0.8), "reporter": ("You report facts.", 0.7)}
-LRS = (3e-6, 1e-5, 3e-5)
+LRS, KL_COEF = (3e-6, 1e-5, 3e-5), RECIPE["train_dvpo"]["kl_coef"]
 ARMS = {"DVPO, pairs": ("train_dvpo", {"gvm": "gvm_pairs"}), "PPO": ("baselines.ppo", {}),
         "GRPO": ("baselines.grpo", {}), "DVPO, scores": ("train_dvpo", {"gvm": "gvm_scores"}),
         "PPO, critic from the GVM": ("baselines.ppo", {"critic_init": "gvm_pairs"}),
@@ -141,90 +142,127 @@ def write_data(folder, model, scale):
 
 
 # ---- 2. Runs ----
-def shared_runs(folder, args):
+def train(script, output, flags):
+    """claims.train, for a worker."""
+    began = time.time()
+    claims.train(script, output, **flags)
+    print(f"{output.name}: {time.time() - began:.0f} s", flush=True)
+    return output
+
+
+def shared_runs(folder, args, at_once):
     """Once for all seeds, what the arms need: {"sft", "gvm_pairs" ...: run folder}; and the data folder."""
     data = write_data(folder, args.model, args.scale)
-    sft = claims.train("sft", folder / "sft", model=args.model, data=data, **RECIPE["sft"])
-    runs, inputs = {"sft": str(sft)}, {"model": sft, "data": data}
+    sft = train("sft", folder / "sft", {"model": args.model, "data": data} | RECIPE["sft"])
+    inputs, calls = {"model": sft, "data": data}, []
     for name in dict.fromkeys(name for arm in args.arms for name in NEEDS[arm]):
         script = "baselines.reward_model" if name == "reward_model" else "train_gvm"
         flags = {"supervision": "pairs"} if name == "gvm_pairs" else {}
-        print(f"{name} ...", flush=True)
-        flags |= inputs | RECIPE[script.split(".")[-1]]
-        runs[name] = str(claims.train(script, folder / name, **flags))
-    return runs, data
+        calls.append((script, folder / name, flags | inputs | RECIPE[script.split(".")[-1]]))
+    return {"sft": str(sft)} | {run.name: str(run) for run in at_once(train, calls)}, data
 
 
-def train(folder, data, shared, arm, lr, seed, steps):
-    """The policy of an arm. All arms learn from the same number of rollouts, in one pass over each."""
+def policy_run(folder, data, shared, arm, lr, seed, steps):
+    """The call of `train` for the policy of an arm: all learn from the same number of rollouts, once each."""
     script, flags = ARMS[arm]
     flags = RECIPE[script.split(".")[-1]] | {name: shared[value] for name, value in flags.items()}
     flags |= {"model": shared["sft"], "data": data, "lr": lr, "seed": seed}
     flags |= {"steps": steps} if "max_response_length" in flags else {}
     flags |= {"critic_lr": lr} if "critic_lr" in flags else {}
     flags |= {"reward_model": shared["reward_model"]} if script in ("baselines.ppo", "baselines.grpo") else {}
-    began = time.time()
-    run = claims.train(script, folder / file_name(f"{arm}_{lr:g}_{steps}_{seed}"), **flags)
-    print(f"{arm}, learning rate {lr:g}, seed {seed}: {time.time() - began:.0f} s", flush=True)
-    return run
+    return script, folder / file_name(f"{arm}_{lr:g}_{steps}_{seed}"), flags
 
 
 def file_name(words):
     return "".join(c if c.isalnum() else "_" for c in words)
 
 
-def rewards(run, last=None):
-    """Mean true score of each step's rollouts, or of the last steps'; of DPO, which has none, -loss."""
+def curve(run):
+    """[mean true score, mean KL to the start (nats)] of each step's rollouts; of DPO, which has none, []."""
     if not (run / "rollouts.jsonl").exists():
-        found = [-row["loss"] for row in claims.read_lines(run / "metrics.jsonl")]
-    else:
-        found = [statistics.mean(x) for x in claims.by_step(run, lambda row: score("", row["response"]))]
-    return found if last is None else statistics.mean(found[-last:])
+        return []
+    return [[statistics.mean(x) for x in zip(*rows)]
+            for rows in claims.by_step(run, lambda row: (score("", row["response"]), row["kl"]))]
 
 
-def tune(folder, data, shared, arm, args):
-    """The learning rate whose short runs on other seeds end best: [lr, {lr: [score of each seed]}]."""
-    tried = {lr: [rewards(train(folder / "tune", data, shared, arm, lr, seed, args.tune_steps), 5)
-                  for seed in args.tune_seeds] for lr in LRS}
-    return max(tried, key=lambda lr: statistics.mean(tried[lr])), tried
+def objective(run, start, data):
+    """True score - kl_coef x KL: of the last five steps' rollouts, or of 80 answers to prompts for RL."""
+    last = curve(run)[-5:]
+    if not last:
+        found = measure(run, start, data, "rl", 40)
+        last = [[found["score"], found["kl"]]]
+    return statistics.mean(true - KL_COEF * kl for true, kl in last)
+
+
+def tune(folder, data, shared, args, at_once):
+    """{arm: [learning rate whose shorter runs on other seeds end best, {rate: [objective of each seed]}]}."""
+    if not args.tune_seeds:
+        return {arm: [LRS[1], {}] for arm in args.arms}
+    tried = [(arm, lr, seed) for seed in args.tune_seeds for lr in LRS for arm in args.arms]
+    runs = list(at_once(train, [policy_run(folder / "tune", data, shared, arm, lr, seed, args.tune_steps)
+                                for arm, lr, seed in tried]))
+    found = {arm: {lr: [] for lr in LRS} for arm in args.arms}
+    for (arm, lr, _), goal in zip(tried, at_once(objective, [(run, shared["sft"], data) for run in runs])):
+        found[arm][lr].append(goal)
+    return {arm: [max(rates, key=lambda lr: statistics.mean(rates[lr])), rates]
+            for arm, rates in found.items()}
 
 
 # ---- 3. Measuring ----
 @torch.no_grad()
-def measure(run, start, data):
-    """Numbers of a policy, of two answers to each test prompt; kept beside it. Wins are over the start."""
-    file = Path(run, "measured.json")
-    if not file.exists() or file.stat().st_mtime < Path(run, "model.safetensors").stat().st_mtime:
-        (policy, tokenizer), (reference, _) = load(run), load(start)
-        ids = [train_dvpo.encode_prompt(tokenizer, row["prompt"])
-               for row in claims.read_lines(data / "test_prompts.jsonl") for _ in range(2)]
-        torch.manual_seed(1)
-        sequences, kl, nll = list(zip(ids, sample(policy, ids, Path(run).name))), 0.0, 0.0
-        for i in range(0, len(sequences), 16):
-            batch, is_response, _ = train_dvpo.collate(sequences[i:i + 16], 0)
-            batch, is_response = batch.to(policy.device), is_response.to(policy.device)
-            logp = train_dvpo.token_logp(policy, batch, is_response)
-            logp_ref = train_dvpo.token_logp(reference, batch, is_response)
-            kl, nll = kl + (logp - logp_ref).sum().item(), nll - logp_ref.sum().item()
-        texts, tokens = [claims.text(tokenizer, y) for _, y in sequences], sum(len(y) for _, y in sequences)
-        pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:])]
-        found = {"score": statistics.mean(score("", text) for text in texts), "kl": kl / len(texts),
-                 "length": tokens / len(texts), "perplexity": math.exp(nll / tokens),
-                 "distinct-2": len(set(pairs)) / len(pairs), "answers": texts}
-        file.write_text(json.dumps(found), encoding="utf-8")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    kept = Path(start, "measured.json")
-    rival = json.loads(kept.read_text(encoding="utf-8"))      # the start is measured first
+def measure(run, start, data, prompts="test_prompts", most=None):
+    """Numbers of a policy, of two answers to each test prompt; kept beside it."""
+    file = Path(run, f"measured_{prompts}.json")
+    if file.exists() and file.stat().st_mtime >= Path(run, "model.safetensors").stat().st_mtime:
+        return json.loads(file.read_text(encoding="utf-8"))
+    (policy, tokenizer), (reference, _) = load(run), load(start)
+    ids = [train_dvpo.encode_prompt(tokenizer, row["prompt"])
+           for row in claims.read_lines(data / f"{prompts}.jsonl")[:most] for _ in range(2)]
+    torch.manual_seed(1)
+    sequences, kl, nll = list(zip(ids, sample(policy, ids, Path(run).name))), 0.0, 0.0
+    for i in range(0, len(sequences), 16):
+        batch, is_response, _ = train_dvpo.collate(sequences[i:i + 16], 0)
+        batch, is_response = batch.to(policy.device), is_response.to(policy.device)
+        logp = train_dvpo.token_logp(policy, batch, is_response)
+        logp_ref = train_dvpo.token_logp(reference, batch, is_response)
+        kl, nll = kl + (logp - logp_ref).sum().item(), nll - logp_ref.sum().item()
+    texts, tokens = [claims.text(tokenizer, y) for _, y in sequences], sum(len(y) for _, y in sequences)
+    pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:])]
+    found = {"score": statistics.mean(score("", text) for text in texts), "kl": kl / len(texts),
+             "length": tokens / len(texts), "perplexity": math.exp(nll / tokens),
+             "distinct-2": len(set(pairs)) / len(pairs), "answers": texts}
+    file.write_text(json.dumps(found), encoding="utf-8")
+    return found
+
+
+def wins(found, rival):
+    """Share of the answers that score above the start's to the same prompt; a tie counts half."""
     margins = [score("", a) - score("", b) for a, b in zip(found["answers"], rival["answers"])]
-    return found | {"wins": statistics.mean((margin > 0) + (margin == 0) / 2 for margin in margins)}
+    return statistics.mean((margin > 0) + (margin == 0) / 2 for margin in margins)
 
 
-def true_states(policy, tokenizer, openings, system, n, rng):
-    """[(opening, first tokens of an answer, share of it, true Q: mean score of n completions), ...]"""
+def score_at(nats, start, curve, width=5):
+    """True score of a run's rollouts where their KL, both means over `width` steps, first passes `nats`;
+    None if it never does. `start` is the score at 0 nats."""
+    means = [[start, 0.0]] + [[statistics.mean(x) for x in zip(*curve[i:i + width])]
+                              for i in range(len(curve) - width + 1)]
+    for (score_0, kl_0), (score_1, kl_1) in zip(means, means[1:]):
+        if kl_0 < nats <= kl_1:
+            return score_0 + (score_1 - score_0) * (nats - kl_0) / (kl_1 - kl_0)
+    return None
+
+
+def true_states(file, run, openings, system, temperature, n=8):
+    """[(opening, first tokens of an answer, share of it, true Q: mean score of n completions), ...], kept."""
+    if file.exists():
+        return json.loads(file.read_text())
+    torch.manual_seed(1)
+    (policy, tokenizer), rng = load(run), random.Random(1)
+    policy = Tempered(policy, temperature)
     ids = [train_dvpo.encode_prompt(tokenizer, prompt_of(opening, system)) for opening in openings]
     said = sample(policy, ids, "answers")
     states = [(i, response[:rng.randint(1, len(response))], len(response)) for i, response in enumerate(said)]
-    stop_ids = getattr(policy, "policy", policy).generation_config.eos_token_id
+    stop_ids = policy.policy.generation_config.eos_token_id
     going = [i for i, first, _ in states for _ in range(n)
              if first[-1] not in stop_ids and len(first) < LONGEST]
     tails = sample(policy, [ids[i] + states[i][1] for i in going], "completions")
@@ -233,12 +271,15 @@ def true_states(policy, tokenizer, openings, system, n, rng):
         scores[i].append(score("", claims.text(tokenizer, (states[i][1] + tail)[:LONGEST])))
     true = [statistics.mean(found or [score("", claims.text(tokenizer, first))])
             for found, (_, first, _) in zip(scores, states)]
-    return [(openings[i], first, len(first) / length, q) for (i, first, length), q in zip(states, true)]
+    states = [(openings[i], first, len(first) / length, q) for (i, first, length), q in zip(states, true)]
+    file.write_text(json.dumps(states))
+    return states
 
 
-def value_error(gvm, tokenizer, states):
+def value_error(gvm, states):
     """{place in the answer: [correlation with the true Q, squared error, variance of the true Q, states]}.
     Values from pairs have a scale of their own: for their error, the straight line that fits best."""
+    tokenizer = train_dvpo.load_tokenizer(gvm)
     sequences = [(train_dvpo.encode_prompt(tokenizer, prompt_of(opening)), first)
                  for opening, first, _, _ in states]
     value, share, truth = torch.tensor([
@@ -261,62 +302,101 @@ def seconds(run):
     return statistics.median(steps), sum(steps)
 
 
+def measure_all(args, folder, at_once):
+    """(what sentiment.json holds, openings of the test prompts, first GVM, data folder)."""
+    shared, data = shared_runs(folder, args, at_once)
+    tuned = tune(folder, data, shared, args, at_once)
+    asked = [(arm, seed) for seed in args.seeds for arm in args.arms]        # every arm, then the next seed
+    made = list(at_once(train, [policy_run(folder, data, shared, arm, tuned[arm][0], seed, args.steps)
+                                for arm, seed in asked]))
+    start, *measured = at_once(measure, [(run, shared["sft"], data) for run in [Path(shared["sft"]), *made]])
+    for found in [*measured, start]:
+        found |= {"wins": wins(found, start), "objective": found["score"] - KL_COEF * found["kl"]}
+        found["answers"] = found["answers"][:6]               # to three prompts, as examples
+    numbers, runs = {"start": [start]} | {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}
+    for (arm, _), run, found in zip(asked, made, measured):
+        runs[arm].append(run)
+        numbers[arm].append(found)
+    times = {arm: [statistics.median(seconds(run)[0] for run in each),
+                   statistics.mean(seconds(run)[1] for run in each)
+                   + sum(seconds(shared[name])[1] for name in NEEDS[arm])] for arm, each in runs.items()}
+    openings = [row["prompt"][-1]["content"].partition(": ")[2]
+                for row in claims.read_lines(data / "test_prompts.jsonl")]
+    policies = {name: (args.model, *policy) for name, policy in POLICIES.items()} if args.scale == 1 else {}
+    policies |= {"start": (shared["sft"], "", 1.0), args.arms[0]: (runs[args.arms[0]][0], "", 1.0)}
+    states = list(at_once(true_states, [
+        (folder / f"states_{file_name(name)}_{Path(run).name}.json", run, openings[:60], system, temperature)
+        for name, (run, system, temperature) in policies.items()]))
+    gvms = [name for name in shared if "gvm" in name]
+    errors = at_once(value_error, [(shared[name], found) for name in gvms for found in states])
+    return {"numbers": numbers, "tuned": tuned, "seconds": times,
+            "values": {name: {policy: next(errors) for policy in policies} for name in gvms},
+            "curves": {arm: [curve(run) for run in each] for arm, each in runs.items() if arm != "DPO"},
+            "machine": claims.machine()}, openings, shared[gvms[0]], data
+
+
 # ---- 4. The answer ----
 def draw(numbers, curves):
     picture, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for arm, seeds in curves.items():
-        mean = [statistics.mean(x) for x in zip(*seeds)]
-        width = max(1, len(mean) // 8)
-        left.plot(range(width, len(mean) + 1),
-                  [statistics.mean(mean[i - width:i]) for i in range(width, len(mean) + 1)], label=arm)
+    for i, (arm, seeds) in enumerate(numbers.items()):        # an arm has one colour in both panels
+        right.scatter([x["kl"] for x in seeds], [x["score"] for x in seeds], label=arm, color=f"C{i}")
+        if curves.get(arm):
+            mean = [[statistics.mean(x) for x in zip(*step)] for step in zip(*curves[arm])]
+            width = max(1, len(mean) // 8)
+            ends = range(width, len(mean) + 1)
+            true, kl = zip(*([statistics.mean(x) for x in zip(*mean[end - width:end])] for end in ends))
+            left.plot(ends, true, label=arm, color=f"C{i}")
+            right.plot(kl, true, color=f"C{i}", linewidth=1)
     claims.label(left, f"True score of the rollouts (mean of {width} steps)", "step of 16 rollouts", "VADER")
-    for arm, seeds in numbers.items():
-        right.scatter([x["kl"] for x in seeds], [x["score"] for x in seeds], label=arm)
-    claims.label(right, "Test prompts, each seed", "KL to the start (nats)", "VADER")
+    claims.label(right, "Test prompts, each seed; lines: the rollouts", "KL to the start (nats)", "VADER")
     return picture
 
 
-def report(args, numbers, curves, tuned, times, values):
+def report(args, found):
     """sentiment.md, .json and .png; what is printed is what is written."""
-    scores = {arm: [x["score"] for x in seeds] for arm, seeds in numbers.items()}
-    verdicts, names, rows = {}, ("score", "wins", "kl", "length", "perplexity", "distinct-2"), []
-    for arm, seeds in numbers.items():
-        columns = [claims.cell([x[name] for x in seeds], 2) for name in names]
+    numbers, tuned, start = found["numbers"], found["tuned"], found["numbers"]["start"][0]
+    verdicts, rows, each = {}, [], {name: {arm: [x[name] for x in seeds] for arm, seeds in numbers.items()}
+                                    for name in start if name != "answers"}
+    for arm in numbers:
+        columns = [claims.cell(each[name][arm], 2) for name in (
+            "score", "wins", "kl", "objective", "length", "perplexity", "distinct-2")]
+        at_2 = [score_at(2, start["score"], curve) for curve in found["curves"].get(arm, [])]
+        columns.insert(4, claims.cell(at_2, 2) if at_2 and None not in at_2 else "")
         cost = [""] * 3
         if arm in tuned:
-            cost = [f"{times[arm][0]:.1f}", f"{times[arm][1] / 60:.0f}", f"{tuned[arm][0]:g}"]
+            step, total = found["seconds"][arm]
+            cost = [f"{step:.1f}", f"{total / 60:.1f}", f"{tuned[arm][0]:g}"]
+            verdicts[f"{arm} improves on the start: true score"] = claims.claim(
+                [x - start["score"] for x in each["score"][arm]], "by")
+        for name in ("score", "objective") if arm in tuned and arm != "PPO" and "PPO" in numbers else ():
+            verdicts[f"{arm} ends better than PPO: {name}"] = claims.claim(
+                claims.minus(each[name][arm], each[name]["PPO"]), "by")
         rows.append([arm, *columns, *cost])
-        if arm in tuned:
-            verdicts[f"{arm} improves on the start"] = claims.claim(
-                [x - scores["start"][0] for x in scores[arm]], "true score, more by")
-        if arm in tuned and arm != "PPO" and "PPO" in scores:
-            verdicts[f"{arm} ends better than PPO"] = claims.claim(
-                claims.minus(scores[arm], scores["PPO"]), "true score, more by")
     about = __doc__[__doc__.index("Hypothesis"):__doc__.index("Command")].rstrip().splitlines()
     command = f"--seeds {' '.join(map(str, args.seeds))} --steps {args.steps} --scale {args.scale:g}"
+    shared = f", {args.jobs} at a time: seconds are of runs that shared the machine" if args.jobs > 1 else ""
     lines = [f"# {__doc__.splitlines()[0]}", "", *(f"    {line}" for line in about), "",
-             f"`python experiments/sentiment.py {command}`, model {args.model}, precision "
-             f"{args.precision}, commit {claims.commit()}, {platform.machine()}, {os.cpu_count()} cores. "
-             "Mean and 95 % interval over the seeds.", "",
+             f"`python experiments/sentiment.py {command}`, model {args.model}, precision {args.precision}, "
+             f"commit {claims.commit()}, {found['machine']}{shared}. Mean, 95 % interval over the seeds.", "",
              *claims.table("claim | verdict | numbers", [
                  (x, f"**{a}**", b) for x, (a, b) in verdicts.items()]), "",
              "![sentiment](sentiment.png)", "",
-             *claims.table("arm | true score | wins over the start | KL, nats | tokens | perplexity | "
-                           "distinct-2 | seconds a step | minutes in all | learning rate", rows), "",
+             *claims.table("arm | true score | wins over the start | KL, nats | objective | score at 2 nats "
+                           "| tokens | perplexity | distinct-2 | seconds a step | minutes in all | rate",
+                           rows), "",
              "Minutes in all: the policy's training, and that of the GVM or the reward model it needs.", "",
              "The value models against the true Q, by place in the answer.", "",
              *claims.table("value model | policy | place | correlation | error | variance of Q | states", [
                  [gvm, policy, part, *(f"{number:.3f}" for number in x[:3]), str(x[3])]
-                 for gvm, policies in values.items() for policy, parts in policies.items()
+                 for gvm, policies in found["values"].items() for policy, parts in policies.items()
                  for part, x in parts.items()]), "",
-             "Learning rates tried, on seeds of their own: true score of the last five steps (DPO: minus the "
-             "loss).", "", *claims.table("arm | " + " | ".join(f"{lr:g}" for lr in LRS), [
+             f"Learning rates tried, on seeds of their own: true score - {KL_COEF:g} x KL, see Method.", "",
+             *claims.table("arm | " + " | ".join(f"{lr:g}" for lr in LRS), [
                  [arm, *(f"{statistics.mean(x):.3f}" for x in tried.values())]
                  for arm, (_, tried) in tuned.items() if tried]), "",
              "![Values of the tokens of two answers](sentiment_tokens.png)"]
-    claims.write_result(args.output, "sentiment", {
-        "numbers": numbers, "tuned": tuned, "seconds": times, "values": values, "curves": curves}, lines)
-    draw(numbers, curves).savefig(Path(args.output, "sentiment.png"), dpi=110, bbox_inches="tight")
+    claims.write_result(args.output, "sentiment", found, lines)
+    draw(numbers, found["curves"]).savefig(Path(args.output, "sentiment.png"), dpi=110, bbox_inches="tight")
     print("\n".join(lines))
 
 
@@ -342,51 +422,20 @@ def main():
     parser.add_argument("--tune_seeds", type=int, nargs="*", default=[11, 12], help="none: the middle rate")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--steps", type=int, default=40, help="of 16 rollouts")
-    parser.add_argument("--tune_steps", type=int, default=12)
+    parser.add_argument("--tune_steps", type=int, default=20)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the prompts")
     parser.add_argument("--precision", choices=("no", "bf16"), default="bf16")
     parser.add_argument("--runs", default="runs/sentiment")
     parser.add_argument("--output", default=str(claims.ROOT / "experiments/results"))
     args = parser.parse_args()
     os.environ["ACCELERATE_MIXED_PRECISION"] = args.precision
-    folder = Path(args.runs)
-    shared, data = shared_runs(folder, args)
-    tuned = {arm: tune(folder, data, shared, arm, args) if args.tune_seeds else (LRS[1], {})
-             for arm in args.arms}
-    runs = {arm: [] for arm in args.arms}
-    for seed in args.seeds:                                   # every arm of a seed, then the next seed
-        for arm in args.arms:
-            runs[arm].append(train(folder, data, shared, arm, tuned[arm][0], seed, args.steps))
-    numbers = {"start": [measure(shared["sft"], shared["sft"], data)]} | {
-        arm: [measure(run, shared["sft"], data) for run in each] for arm, each in runs.items()}
-    curves = {arm: [rewards(run) for run in each] for arm, each in runs.items() if arm != "DPO"}
-    times = {arm: (statistics.median(seconds(run)[0] for run in each),
-                   statistics.mean(seconds(run)[1] for run in each)
-                   + sum(seconds(shared[name])[1] for name in NEEDS[arm]))
-             for arm, each in runs.items()}
-    values = {name: {} for name in shared if "gvm" in name}
-    openings = [row["prompt"][-1]["content"].partition(": ")[2]
-                for row in claims.read_lines(data / "test_prompts.jsonl")][:60]
-    behaviour, tokenizer = load(args.model)
-    policies = {name: (None, *policy) for name, policy in POLICIES.items()} if args.scale == 1 else {}
-    for name, run in {"start": shared["sft"], args.arms[0]: runs[args.arms[0]][0]}.items():
-        policies[name] = run, "", 1.0
-    for name, (run, system, temperature) in policies.items():
-        file = folder / f"states_{Path(run).name if run else name}.json"       # minutes each: kept
-        if not file.exists():
-            torch.manual_seed(1)
-            policy = Tempered(load(run)[0] if run else behaviour, temperature)
-            file.write_text(json.dumps(true_states(policy, tokenizer, openings, system, 8, random.Random(1))))
-        states = json.loads(file.read_text())
-        for kind in values:
-            values[kind][name] = value_error(shared[kind], tokenizer, states)
-    heat_map(args, data, shared[next(iter(values))])
-    for seeds in numbers.values():
-        for x in seeds:
-            x["answers"] = x["answers"][:6]                   # to three prompts, as examples
-    report(args, numbers, curves, tuned, times, values)
+    with claims.workers(args.jobs) as at_once:
+        found, openings, gvm, data = measure_all(args, Path(args.runs), at_once)
+    heat_map(args, data, gvm)
+    report(args, found)
     for i in (0, 2, 4):                                       # three prompts and their answers
-        said = [f"    {arm}: {x[0]['answers'][i]}" for arm, x in numbers.items()]
+        said = [f"    {arm}: {x[0]['answers'][i]}" for arm, x in found["numbers"].items()]
         print(f"\n{openings[i // 2]}", *said, sep="\n")
     print(f"\nvalues of tokens: {Path(args.output, 'sentiment_tokens.png')}")
 
