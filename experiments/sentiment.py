@@ -55,6 +55,7 @@ POLICIES = {"calm": ("", 0.7), "plain": ("", 1.0),            # name: system mes
             "cheerful": ("You are cheerful and love everything.", 0.8),
             "grumpy": ("You hate everything and complain.", 0.8), "reporter": ("You report facts.", 0.7)}
 LRS, KL_COEF = (3e-6, 1e-5, 3e-5), RECIPE["train_dvpo"]["kl_coef"]
+RATES = claims.ROOT / "experiments" / "results" / "sentiment_rates.json"
 ARMS = {"DVPO, pairs": ("train_dvpo", {"gvm": "gvm_pairs"}), "PPO": ("baselines.ppo", {}),
         "GRPO": ("baselines.grpo", {}), "DVPO, scores": ("train_dvpo", {"gvm": "gvm_scores"}),
         "PPO, critic from the GVM": ("baselines.ppo", {"critic_init": "gvm_pairs"}),
@@ -195,17 +196,25 @@ def objective(run, start, data):
 
 
 def tune(folder, data, shared, args, at_once):
-    """{arm: [learning rate whose shorter runs on other seeds end best, {rate: [objective of each seed]}]}."""
+    """{"machine", "commit", "precision", "rates": {arm: {learning rate: [objective of each seed]}}}, of
+    shorter runs on other seeds; kept in RATES."""
     if not args.tune_seeds:
-        return {arm: [LRS[1], {}] for arm in args.arms}
+        return json.loads(RATES.read_text(encoding="utf-8"))
     tried = [(arm, lr, seed) for seed in args.tune_seeds for lr in LRS for arm in args.arms]
     runs = list(at_once(train, [policy_run(folder / "tune", data, shared, arm, lr, seed, args.tune_steps)
                                 for arm, lr, seed in tried]))
-    found = {arm: {lr: [] for lr in LRS} for arm in args.arms}
+    found = {arm: {f"{lr:g}": [] for lr in LRS} for arm in args.arms}
     for (arm, lr, _), goal in zip(tried, at_once(objective, [(run, shared["sft"], data) for run in runs])):
-        found[arm][lr].append(goal)
-    return {arm: [max(rates, key=lambda lr: statistics.mean(rates[lr])), rates]
-            for arm, rates in found.items()}
+        found[arm][f"{lr:g}"].append(goal)
+    found = {"machine": claims.machine(), "commit": claims.commit(), "precision": args.precision,
+             "rates": found}
+    RATES.parent.mkdir(parents=True, exist_ok=True)
+    RATES.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def best(rates):
+    return float(max(rates, key=lambda lr: statistics.mean(rates[lr])))
 
 
 # ---- 3. Measuring ----
@@ -307,7 +316,8 @@ def measure_all(args, folder, at_once):
     shared, data = shared_runs(folder, args, at_once)
     tuned = tune(folder, data, shared, args, at_once)
     asked = [(arm, seed) for seed in args.seeds for arm in args.arms]        # every arm, then the next seed
-    made = list(at_once(train, [policy_run(folder, data, shared, arm, tuned[arm][0], seed, args.steps)
+    rate = {arm: best(tuned["rates"][arm]) for arm in args.arms}
+    made = list(at_once(train, [policy_run(folder, data, shared, arm, rate[arm], seed, args.steps)
                                 for arm, seed in asked]))
     start, *measured = at_once(measure, [(run, shared["sft"], data) for run in [Path(shared["sft"]), *made]])
     for found in [*measured, start]:
@@ -363,12 +373,12 @@ def report(args, found):
         at_2 = [score_at(2, start["score"], curve) for curve in found["curves"].get(arm, [])]
         columns.insert(4, claims.cell(at_2, 2) if at_2 and None not in at_2 else "")
         cost = [""] * 3
-        if arm in tuned:
+        if arm in found["seconds"]:
             step, total = found["seconds"][arm]
-            cost = [f"{step:.1f}", f"{total / 60:.1f}", f"{tuned[arm][0]:g}"]
+            cost = [f"{step:.1f}", f"{total / 60:.1f}", f"{best(tuned['rates'][arm]):g}"]
             verdicts[f"{arm} improves on the start: true score"] = claims.claim(
                 [x - start["score"] for x in each["score"][arm]], "by")
-        for name in ("score", "objective") if arm in tuned and arm != "PPO" and "PPO" in numbers else ():
+        for name in ("score", "objective") if arm not in ("start", "PPO") and "PPO" in numbers else ():
             verdicts[f"{arm} ends better than PPO: {name}"] = claims.claim(
                 claims.minus(each[name][arm], each[name]["PPO"]), "by")
         rows.append([arm, *columns, *cost])
@@ -390,10 +400,11 @@ def report(args, found):
                  [gvm, policy, part, *(f"{number:.3f}" for number in x[:3]), str(x[3])]
                  for gvm, policies in found["values"].items() for policy, parts in policies.items()
                  for part, x in parts.items()]), "",
-             f"Learning rates tried, on seeds of their own: true score - {KL_COEF:g} x KL, see Method.", "",
+             f"Learning rates tried, on seeds of their own: true score - {KL_COEF:g} x KL, see Method. "
+             f"{tuned['machine']}, precision {tuned['precision']}, commit {tuned['commit']}.", "",
              *claims.table("arm | " + " | ".join(f"{lr:g}" for lr in LRS), [
-                 [arm, *(f"{statistics.mean(x):.3f}" for x in tried.values())]
-                 for arm, (_, tried) in tuned.items() if tried]), "",
+                 [arm, *(f"{statistics.mean(x):.3f}" for x in rates.values())]
+                 for arm, rates in tuned["rates"].items()]), "",
              "![Values of the tokens of two answers](sentiment_tokens.png)"]
     claims.write_result(args.output, "sentiment", found, lines)
     draw(numbers, found["curves"]).savefig(Path(args.output, "sentiment.png"), dpi=110, bbox_inches="tight")
@@ -419,7 +430,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="runs/smollm2/base")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--tune_seeds", type=int, nargs="*", default=[11, 12], help="none: the middle rate")
+    parser.add_argument("--tune_seeds", type=int, nargs="*", default=[11, 12],
+                        help="none: the rates of results/sentiment_rates.json")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--steps", type=int, default=40, help="of 16 rollouts")
     parser.add_argument("--tune_steps", type=int, default=20)

@@ -55,6 +55,7 @@ def test_sentiment_runs_through(sentiment, runs, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(sentiment, "sample", ends)
     monkeypatch.setattr(sentiment, "LRS", (1e-4, 1e-3))
+    monkeypatch.setattr(sentiment, "RATES", tmp_path / "rates.json")
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["sentiment.py", "--model", str(model), "--seeds", "1", "--tune_seeds", "11", "--steps", "2", "--tune_steps", "1",
                                       "--scale", "0.1", "--precision", "no", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path / "results")])
@@ -64,8 +65,9 @@ def test_sentiment_runs_through(sentiment, runs, tmp_path, monkeypatch, capsys):
     assert set(found["numbers"]) == {"start", *sentiment.ARMS} and set(found["values"]) == {"gvm_pairs", "gvm_scores"}
     assert found["numbers"]["start"][0]["kl"] == pytest.approx(0, abs=1e-6) and found["numbers"]["start"][0]["wins"] == 0.5
     assert all(0 < x["distinct-2"] <= 1 and x["perplexity"] > 1 and len(x["answers"]) == 6 for seeds in found["numbers"].values() for x in seeds)
-    for arm, (lr, tried) in found["tuned"].items():
-        assert lr == float(max(tried, key=lambda x: tried[x][0])), arm
+    for arm, rates in found["tuned"]["rates"].items():        # the policies of an arm have its best rate
+        made, = (tmp_path / "runs").glob(f"{sentiment.file_name(arm)}_*_2_1")
+        assert json.loads((made / "args.json").read_text())["lr"] == float(max(rates, key=lambda x: rates[x][0])), arm
     page = (tmp_path / "results" / "sentiment.md").read_text()
     assert page.count("\n| PPO |") == 2 and "nan" not in page.replace("(nan to nan)", "")
     assert (tmp_path / "results" / "sentiment.png").exists() and (tmp_path / "results" / "sentiment_tokens.png").exists()
