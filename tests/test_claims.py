@@ -18,7 +18,7 @@ import atlas
 sys.path.insert(0, str(ROOT / "experiments"))
 import claims  # noqa: E402
 
-NAMES = [*re.search("CLAIMS := (.*)", (ROOT / "Makefile").read_text())[1].split(), "deviations", "horizon", "properties"]
+NAMES = [*re.search("CLAIMS := (.*)", (ROOT / "Makefile").read_text())[1].split(), "deviations", "horizon", "improve", "properties"]
 QUESTION, ANSWER = "Is Japan an island?", "Yes, Japan is an island country."
 
 
