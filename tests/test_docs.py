@@ -156,6 +156,14 @@ def test_findings_are_what_was_measured():
     assert not [number for number in re.findall(r"\d+\.\d+", section) if number not in findings.split("## Your own")[0]]
 
 
+@pytest.mark.parametrize("heading, pages", [("Human preferences on real text", ["preferences"])])
+def test_numbers_of_a_section_stand_on_its_pages(heading, pages):
+    section = text_of(ROOT / "docs" / "findings.md").split(f"## {heading}\n")[1].split("\n## ")[0]
+    measured = "".join(text_of(RESULTS / f"{page}.md") for page in pages)
+    numbers = re.findall(r"\d\.\d{3}", section)
+    assert len(numbers) > 5 and not [number for number in numbers if number not in measured]
+
+
 def test_measured_effects_of_deviations_are_those_of_their_pages():
     """Each number of the last column of docs/deviations.md stands on a page that it names."""
     rows = [line.split("|")[-2] for line in text_of(ROOT / "docs" / "deviations.md").splitlines() if re.match(r"\| \d+ \|", line)]
