@@ -228,7 +228,8 @@ def table(result):
     """The section of compute.md for one shape and machine."""
     methods, rows = result["methods"], []
     for method, x in methods.items():
-        ratios = []
+        learning = {name: one["score"] + one["update"] for name, one in methods.items()}
+        ratios = [f"{learning[method] / learning['PPO']:.2f}" if "PPO" in methods else ""]
         for column, name in enumerate(("step", "peak")):
             ours = f"{x[name] / methods['PPO'][name]:.2f}" if "PPO" in methods else ""
             paper = f" ({PAPER[method][column] / PAPER['PPO'][column]:.2f})" if method in PAPER else ""
@@ -242,8 +243,8 @@ def table(result):
             f"{result['rounds']}, medians; torch {result['torch']}, commit {result['commit']}. Products "
             f"{result['matmul_flops'] / 1e12:.3g} TFLOP/s, copying {result['bandwidth'] / 1e9:.3g} GB/s.", "",
             *claims.table("method | generate, s | score, s | update, s | step, s | tokens/s | peak, MiB | "
-                          "utilisation, update | generation against its bound | time / PPO (paper, 3B) | "
-                          "memory / PPO (paper, 3B)", rows)]
+                          "utilisation, update | generation against its bound | score + update / PPO | "
+                          "time / PPO (paper, 3B) | memory / PPO (paper, 3B)", rows)]
 
 
 def main():
