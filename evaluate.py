@@ -113,7 +113,7 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), nor to be had from the hub: "
+        fail(f"{name}: no such folder (has the stage before this one been run?), and not found on the hub: "
              f"{str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
@@ -176,10 +176,11 @@ def draw_tau(prompt, sequence, pool, k, max_length, rng):
 
     prompt, sequence  the row's own prompt, about which tau must be silent; its (prompt ids, response ids)
     pool              [(prompt, (prompt ids, response ids)), ...] of the same policy
-    Returns the ids of up to k question-answer pairs, and their number: tau ends before a pair with which the
-    row would be longer than max_length tokens.
+    Returns the ids of up to k question-answer pairs, and their number. It stops at the first pair that would
+    make the row longer than max_length tokens: to go on would favour short pairs.
     """
     tau, pairs, room = [], 0, max_length - len(sequence[0]) - len(sequence[1])
+    # More than k are drawn: those about the row's own prompt are skipped.
     for question, (prompt_ids, response_ids) in rng.sample(pool, min(len(pool), 4 * k)):
         if pairs == k or len(tau) + len(prompt_ids) + len(response_ids) > room:
             break
@@ -354,11 +355,11 @@ def rollout(policy, prompts, max_response_length, stop_ids, greedy=False):
     Returns [[token id, ...], ...]: decoded and encoded again, a text could split into other tokens.
     """
     width = max(map(len, prompts))                            # padded on the left, to end in the same column
-    padded = [([0] * (width - len(prompt)) + prompt, [0] * (width - len(prompt)) + [1] * len(prompt))
-              for prompt in prompts]
-    ids, is_token = torch.tensor(padded, device=policy.device).unbind(1)
+    ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=policy.device)
+    is_token = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=policy.device)
     responses, rows, cache = [[] for _ in prompts], list(range(len(prompts))), None
     for _ in range(max_response_length):
+        # ids: the whole prompt at first, then the new token only; the rest is in the cache.
         position = (is_token.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]   # 0 at each row's first token
         output = policy(input_ids=ids, attention_mask=is_token, position_ids=position, past_key_values=cache,
                         use_cache=True, logits_to_keep=1)
@@ -490,15 +491,15 @@ def parse_args(cls, argv):
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
     """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
-    made; else a language model, which may get a new one. transformers would load either as the other."""
+    made; else a language model, which may get a new one. (transformers would silently start a head anew.)"""
     logging.set_verbosity_error()                             # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
-    if not made_as.endswith(wanted) if trained else "Classification" in made_as:
+    if (not made_as.endswith(wanted)) if trained else ("Classification" in made_as):
         fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
     model, report = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True,
                                                output_loading_info=True)
-    missing = [key for key in report["missing_keys"] if trained or key[:5] not in ("score", "class")]
+    missing = [key for key in report["missing_keys"] if trained or not key.startswith(("score", "classif"))]
     if missing:
         fail(f"{name}: lacks weights, which would start at random: {', '.join(sorted(missing)[:3])} ...")
     for module in model.modules():         # no dropout: else the ratio of a policy to itself is not 1

@@ -12,7 +12,7 @@ Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), pad
     is_response     .     .      1      1      1      .     the target: END too, or the model never stops
     logp            .     .      *      *      *      .     log pi(y_t | x, y_{<t}): logits one column earlier
 
-Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
+Read sections 3 to 5 first: the method. Sections 2 (data) and 6 (engines, run folder) are shared helpers.
 """
 import json
 import math
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # waiting threads sleep instead of spinning
 import torch
 import yaml
 from accelerate import Accelerator
@@ -105,7 +105,7 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), nor to be had from the hub: "
+        fail(f"{name}: no such folder (has the stage before this one been run?), and not found on the hub: "
              f"{str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
@@ -114,15 +114,15 @@ def load_tokenizer(name, template=None):
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
     """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
-    made; else a language model, which may get a new one. transformers would load either as the other."""
+    made; else a language model, which may get a new one. (transformers would silently start a head anew.)"""
     logging.set_verbosity_error()                             # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
-    if not made_as.endswith(wanted) if trained else "Classification" in made_as:
+    if (not made_as.endswith(wanted)) if trained else ("Classification" in made_as):
         fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
     model, report = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True,
                                                output_loading_info=True)
-    missing = [key for key in report["missing_keys"] if trained or key[:5] not in ("score", "class")]
+    missing = [key for key in report["missing_keys"] if trained or not key.startswith(("score", "classif"))]
     if missing:
         fail(f"{name}: lacks weights, which would start at random: {', '.join(sorted(missing)[:3])} ...")
     for module in model.modules():         # no dropout: else the ratio of a policy to itself is not 1
@@ -256,8 +256,8 @@ def main(args):
     for step in progress:
         started = time.time()
         batch = updates[step - 1]
-        # The one denominator: E[.] is over the response tokens of the whole update, however it is divided. It
-        # also undoes that gradients are averaged over micro-batches and processes.
+        # The one denominator: E[.] is over the response tokens of the whole update, however it is divided.
+        # Accelerate averages gradients over micro-batches and processes, so it is as much smaller.
         tokens = sum(len(data[row][1]) for row in batch)
         denominator = tokens / (accelerator.gradient_accumulation_steps * accelerator.num_processes)
         loss_of_update = torch.zeros((), device=accelerator.device)

@@ -15,7 +15,8 @@ padding to the batch's width L. What belongs to a token stands in its column; B 
     q               .     V(s1)  Q1     Q2     Q3     .     read *at* a_t: s_t = [x, y^{<t}] and a_t are seen
     reward          .     0      0      0      r      .     r(x, y) at the last token, 0 before (section 3.1)
 
-The authors' released code reads one column earlier, V(s_t): there the action is not seen yet.
+V(s1) stands for gamma * V(s1). Q and V are those of the policies that wrote the data. The authors' released
+code reads one column earlier, V(s_t): there the action is not seen yet. DEVIATION n: docs/deviations.md.
 
 Worked example, gamma = 1, r = 1, and at the moment q = V(s1), Q1, Q2, Q3 = 0, 0.5, 0.2, 0.6:
     --td_lambda 0      target = Q_{t+1}, and r at the end      = 0.5,  0.2,  0.6, 1     Eq. (1) to the letter
@@ -23,7 +24,7 @@ Worked example, gamma = 1, r = 1, and at the moment q = V(s1), Q1, Q2, Q3 = 0, 0
     --td_lambda 1      target = r                              = 1,    1,    1,   1     Monte Carlo
     loss of --td_lambda 0: (0.5^2 + 0.3^2 + 0.4^2 + 0.4^2) / 4 = 0.165
 
-Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
+Read sections 3 to 5 first: the method. Sections 2 (data) and 6 (engines, run folder) are shared helpers.
 """
 import json
 import math
@@ -37,7 +38,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # waiting threads sleep instead of spinning
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
@@ -62,7 +63,7 @@ class Args:
     supervision: Literal["scores", "pairs"] = HfArg(default="scores", help="rewards, or pairs: +1/-1 (G)")
     gamma: float = HfArg(default=1.0, help="discount factor (paper: 1)")
     td_lambda: float = HfArg(default=0.95, help="0: Eq. (1)'s target, 1: Monte Carlo (released: 0.95)")
-    tau_pairs: int = HfArg(default=0, help="pairs that show the policy (released: 0)")          # DEVIATION 8
+    tau_pairs: int = HfArg(default=0, help="examples of the policy in front: tau (released: 0)") # DEVIATION 8
     max_length: int = HfArg(default=256, help="longer rows (tokens) are dropped and counted (paper: 1024)")
     lr: float = HfArg(default=1e-3, help="peak learning rate (paper: 2e-6)")
     warmup_steps: int = HfArg(default=20, help="updates of linear warm-up before the cosine decay (ours)")
@@ -117,7 +118,7 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), nor to be had from the hub: "
+        fail(f"{name}: no such folder (has the stage before this one been run?), and not found on the hub: "
              f"{str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
@@ -126,15 +127,15 @@ def load_tokenizer(name, template=None):
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
     """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
-    made; else a language model, which may get a new one. transformers would load either as the other."""
+    made; else a language model, which may get a new one. (transformers would silently start a head anew.)"""
     logging.set_verbosity_error()                             # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
-    if not made_as.endswith(wanted) if trained else "Classification" in made_as:
+    if (not made_as.endswith(wanted)) if trained else ("Classification" in made_as):
         fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
     model, report = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True,
                                                output_loading_info=True)
-    missing = [key for key in report["missing_keys"] if trained or key[:5] not in ("score", "class")]
+    missing = [key for key in report["missing_keys"] if trained or not key.startswith(("score", "classif"))]
     if missing:
         fail(f"{name}: lacks weights, which would start at random: {', '.join(sorted(missing)[:3])} ...")
     for module in model.modules():         # no dropout: else the ratio of a policy to itself is not 1
@@ -212,7 +213,8 @@ def read_trajectories(args, tokenizer, split, supervision):
     """
     policies = {"response": "policy", "chosen": "policy_chosen", "rejected": "policy_rejected"}
     sides = ["response"] if supervision == "scores" else ["chosen", "rejected"]
-    fields = [*sides, *[policies[side] for side in sides if args.tau_pairs], *["reward"] * (len(sides) == 1)]
+    fields = [*sides, "reward"] if supervision == "scores" else sides
+    fields = fields + [policies[side] for side in sides if args.tau_pairs]
     rows = read_rows(args.data, split, "prompt", *fields, tokenizer=tokenizer)
     kept = []
     for number, row in enumerate(rows, 1):
@@ -235,10 +237,11 @@ def draw_tau(prompt, sequence, pool, k, max_length, rng):
 
     prompt, sequence  the row's own prompt, about which tau must be silent; its (prompt ids, response ids)
     pool              [(prompt, (prompt ids, response ids)), ...] of the same policy
-    Returns the ids of up to k question-answer pairs, and their number: tau ends before a pair with which the
-    row would be longer than max_length tokens.
+    Returns the ids of up to k question-answer pairs, and their number. It stops at the first pair that would
+    make the row longer than max_length tokens: to go on would favour short pairs.
     """
     tau, pairs, room = [], 0, max_length - len(sequence[0]) - len(sequence[1])
+    # More than k are drawn: those about the row's own prompt are skipped.
     for question, (prompt_ids, response_ids) in rng.sample(pool, min(len(pool), 4 * k)):
         if pairs == k or len(tau) + len(prompt_ids) + len(response_ids) > room:
             break
@@ -298,9 +301,9 @@ def is_last_token(is_response):
 
 
 def value_positions(is_response):
-    """The response tokens and the last prompt token: (B, L) bool -> (B, L) bool. At the latter the state
-    s_1 = x is seen and no action; with r = 0 and the target of the others it learns gamma * V(s_1), which
-    train_dvpo.py --advantage gae subtracts.                                          # DEVIATION 3: V(s_1)"""
+    """The response tokens and the last prompt token: (B, L) bool -> (B, L) bool. At the latter r = 0, so its
+    target is gamma * Q(s_1, a_1). The model has not seen a_1 there and learns the mean over a_1: gamma *
+    V(s_1), which train_dvpo.py --advantage gae subtracts.                            # DEVIATION 3: V(s_1)"""
     return is_response | torch.nn.functional.pad(is_response[:, 1:], (0, 1))
 
 
@@ -324,7 +327,7 @@ def lambda_return(q, reward, is_value, gamma, td_lambda):
     """G_t = r_t + gamma * ((1 - lambda) * Q(tau, s_{t+1}, a_{t+1}) + lambda * G_{t+1}); 0 past the end.
 
     lambda = 0 is the one-step target of section 3.2, lambda = 1 the Monte Carlo return gamma^(T-t) * r(x, y),
-    what is in between Sutton and Barto's (2018, chapter 12).                 # DEVIATION 1: lambda
+    values in between the lambda-return (Sutton and Barto 2018, chapter 12).  # DEVIATION 1: lambda
     q, reward (B, L) float; is_value (B, L) bool, contiguous in each row. Returns (B, L), 0 off the mask.
     """
     target = torch.zeros_like(q)
@@ -364,7 +367,8 @@ def evaluate(accelerator, model, held_out, args, micro_size, pad_id):
         ids, is_response, _ = collate([sequences[row] for row in rows], pad_id)
         q = model(input_ids=ids.to(accelerator.device), use_cache=False).logits.squeeze(-1)        # (rows, L)
         parts.append(response_scores(q.cpu(), is_response))
-    scores = {name: torch.cat([part[name] for part in parts])[order.argsort()] for name in parts[0]}
+    back = order.argsort()                                    # to the order of held_out
+    scores = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
     return {f"pair_accuracy/{name}": pair_accuracy(x[0::2], x[1::2]) for name, x in scores.items()}
 
 
@@ -378,10 +382,10 @@ def main(args):
         fail(f"{args.data}: {len(data)} answers do not fill --batch_size {args.batch_size}")
     rewards = torch.tensor([answer.reward for answer in data], dtype=torch.float64)
     mean, std = 0.0, 1.0
-    if args.supervision == "scores":       # learned in units of their deviation      # DEVIATION 7: scale
+    if args.supervision == "scores":       # in units of their standard deviation    # DEVIATION 7: scale
         mean, std = rewards.mean().item(), rewards.std(correction=0).item()
     if not (std > 0 and math.isfinite(std)):
-        fail(f"{args.data}: the rewards' deviation is {std}: nothing to learn")
+        fail(f"{args.data}: the rewards' standard deviation is {std}: nothing to learn")
     rewards = ((rewards - mean) / std).float()
     held_out = []
     if Path(args.data, "test_pairs.jsonl").is_file():
@@ -408,8 +412,8 @@ def main(args):
     for step in progress:
         started = time.time()
         batch = updates[step - 1]
-        # The one denominator. E[.] is over the value positions of the update: response tokens, and one more a
-        # row. It also undoes that gradients are averaged over micro-batches and processes.
+        # The one denominator. E[.] is over the value positions of the update: response tokens, and one more
+        # per row. Accelerate averages gradients over micro-batches and processes, so it is as much smaller.
         positions = sum(len(data[row].sequence[1]) + 1 for row in batch)
         denominator = positions / (accelerator.gradient_accumulation_steps * accelerator.num_processes)
         loss_of_update = torch.zeros((), device=accelerator.device)

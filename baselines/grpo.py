@@ -19,7 +19,7 @@ Worked example, a group of three answers with scores 1, 2, 6: their mean is 3, t
     --loss_normalisation grpo, dapo    A = (r - mean) / deviation  =  -0.76, -0.38, 1.13
     --loss_normalisation dr_grpo       A = r - mean                =  -2,    -1,    3
 
-Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
+Read sections 3 to 5 first: the method. Sections 2 (data) and 6 (engines, run folder) are shared helpers.
 """
 import copy
 import json
@@ -35,7 +35,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # waiting threads sleep instead of spinning
 import torch
 import yaml
 from accelerate import Accelerator
@@ -120,7 +120,7 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), nor to be had from the hub: "
+        fail(f"{name}: no such folder (has the stage before this one been run?), and not found on the hub: "
              f"{str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
@@ -129,15 +129,15 @@ def load_tokenizer(name, template=None):
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
     """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
-    made; else a language model, which may get a new one. transformers would load either as the other."""
+    made; else a language model, which may get a new one. (transformers would silently start a head anew.)"""
     logging.set_verbosity_error()                             # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
-    if not made_as.endswith(wanted) if trained else "Classification" in made_as:
+    if (not made_as.endswith(wanted)) if trained else ("Classification" in made_as):
         fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
     model, report = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True,
                                                output_loading_info=True)
-    missing = [key for key in report["missing_keys"] if trained or key[:5] not in ("score", "class")]
+    missing = [key for key in report["missing_keys"] if trained or not key.startswith(("score", "classif"))]
     if missing:
         fail(f"{name}: lacks weights, which would start at random: {', '.join(sorted(missing)[:3])} ...")
     for module in model.modules():         # no dropout: else the ratio of a policy to itself is not 1
@@ -233,6 +233,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantage, is_response, clip_range, kl_c
     advantage                 (B,) float    one per answer        is_response (B, L) bool
     """
     assert logp.shape == logp_old.shape == logp_ref.shape == is_response.shape
+    # Selected before exp, too: a where after it would let NaN * 0 = NaN back into the gradient.
     ratio = torch.where(is_response, logp - logp_old, 0.0).exp()               # r_t(theta) of Eq. (2)
     unclipped = ratio * advantage[:, None]
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage[:, None]
@@ -264,11 +265,11 @@ def rollout(policy, prompts, max_response_length, stop_ids, greedy=False):
     Returns [[token id, ...], ...]: decoded and encoded again, a text could split into other tokens.
     """
     width = max(map(len, prompts))                            # padded on the left, to end in the same column
-    padded = [([0] * (width - len(prompt)) + prompt, [0] * (width - len(prompt)) + [1] * len(prompt))
-              for prompt in prompts]
-    ids, is_token = torch.tensor(padded, device=policy.device).unbind(1)
+    ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=policy.device)
+    is_token = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=policy.device)
     responses, rows, cache = [[] for _ in prompts], list(range(len(prompts))), None
     for _ in range(max_response_length):
+        # ids: the whole prompt at first, then the new token only; the rest is in the cache.
         position = (is_token.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]   # 0 at each row's first token
         output = policy(input_ids=ids, attention_mask=is_token, position_ids=position, past_key_values=cache,
                         use_cache=True, logits_to_keep=1)
@@ -330,7 +331,7 @@ def ppo_update(accelerator, model, optimizer, batch, advantage, lengths, micro_s
     """
     tokens = accelerator.reduce(batch[1].sum())               # response tokens of the whole batch
     mean_length = tokens / args.batch_size                    # E[.]: over the batch     # DEVIATION 9: E[.]
-    history, errors, norms = [], [], []                       # of each epoch, micro-batch, mini-batch
+    history, errors, norms = [], [], []       # one entry per epoch; per micro-batch; per mini-batch
     for _ in range(args.ppo_epochs):
         micro_batches, sums = [], torch.zeros(3, device=batch[0].device)
         for mini in torch.randperm(len(lengths)).split(args.mini_batch_size // accelerator.num_processes):
@@ -355,7 +356,7 @@ def ppo_update(accelerator, model, optimizer, batch, advantage, lengths, micro_s
             sums += torch.stack([loss.detach() * mean_length * len(micro), k3.sum(), clipped.sum()])
             errors.append((ratio - 1).abs().max())
         history.append((accelerator.reduce(sums) / tokens).tolist())
-        if history[-1][1] > args.target_kl:                   # Appendix C: KL_target = 0.1. Its use is ours
+        if history[-1][1] > args.target_kl:                   # Appendix C: KL_target = 0.1; how, is ours
             break
     ratio_error = accelerator.gather(errors[0]).max().item()  # before any update: has to be 0
     if ratio_error > (1e-3 if accelerator.mixed_precision == "no" else 0.5):
@@ -431,7 +432,7 @@ def main(args):
         clock.append(time.time())
 
         # 4. The loss: epochs of mini-batches
-        model.train()                                         # gradient checkpointing asks for it
+        model.train()                                         # gradient checkpointing works in this mode only
         metrics = ppo_update(accelerator, model, optimizer, (ids, is_response, logp_old, logp_ref),
                              advantage, lengths, micro_size, args)
         model.eval()
@@ -439,11 +440,11 @@ def main(args):
 
         # 5. Log and checkpoint
         texts = tokenizer.batch_decode(
-            [ids[:-1] if ids[-1] in stop_ids else ids for ids in responses], skip_special_tokens=True)
+            [y[:-1] if y[-1] in stop_ids else y for y in responses], skip_special_tokens=True)
         rollouts = gather_object([
             {"step": step, "prompt": prompt, "response": text, "reward": score, "kl": kl, "entropy": entropy,
-             "response_length": len(ids), "eos_rate": float(ids[-1] in stop_ids)}
-            for prompt, text, ids, score, kl, entropy in zip(questions, texts, responses, *per_answer)])
+             "response_length": len(y), "eos_rate": float(y[-1] in stop_ids)}
+            for prompt, text, y, score, kl, entropy in zip(questions, texts, responses, *per_answer)])
         for name in ("reward", "kl", "entropy", "response_length", "eos_rate"):
             metrics[name] = sum(row[name] for row in rollouts) / len(rollouts)
         for part, began, ended in zip(("generate", "score", "update"), clock, clock[1:]):

@@ -18,7 +18,7 @@ What belongs to a token stands in the token's column; B rows make tensors of sha
 
 The worked example of train_dvpo.py, with V(s1), V(s2), V(s3) = 0.1, 0.4, -0.2 and r = 0.8: A_t is the same.
 
-Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
+Read sections 3 to 5 first: the method. Sections 2 (data) and 6 (engines, run folder) are shared helpers.
 """
 import copy
 import json
@@ -33,7 +33,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # waiting threads sleep instead of spinning
 import torch
 import yaml
 from accelerate import Accelerator
@@ -121,7 +121,7 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), nor to be had from the hub: "
+        fail(f"{name}: no such folder (has the stage before this one been run?), and not found on the hub: "
              f"{str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
@@ -130,15 +130,15 @@ def load_tokenizer(name, template=None):
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
     """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
-    made; else a language model, which may get a new one. transformers would load either as the other."""
+    made; else a language model, which may get a new one. (transformers would silently start a head anew.)"""
     logging.set_verbosity_error()                             # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
-    if not made_as.endswith(wanted) if trained else "Classification" in made_as:
+    if (not made_as.endswith(wanted)) if trained else ("Classification" in made_as):
         fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
     model, report = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True,
                                                output_loading_info=True)
-    missing = [key for key in report["missing_keys"] if trained or key[:5] not in ("score", "class")]
+    missing = [key for key in report["missing_keys"] if trained or not key.startswith(("score", "classif"))]
     if missing:
         fail(f"{name}: lacks weights, which would start at random: {', '.join(sorted(missing)[:3])} ...")
     for module in model.modules():         # no dropout: else the ratio of a policy to itself is not 1
@@ -212,7 +212,7 @@ def collate(sequences, pad_id):
 # ---- 3. Advantages and losses: GAE, Eq. (2), and the critic's ----
 def kl_reward(logp_old, logp_ref, is_response, kl_coef):
     """r^KL_t = -beta * (log pi_old(a_t|s_t) - log pi_ref(a_t|s_t)); its expectation is -beta * KL (Schulman,
-    2020: the estimator k1). (B, L) float, 0 off the mask."""
+    2020: the estimator k1). All (B, L): two floats and a bool -> float, 0 off the mask."""
     return torch.where(is_response, -kl_coef * (logp_old - logp_ref), 0.0)
 
 
@@ -227,7 +227,8 @@ def shift_right(x):
 
 
 def discounted_sum(delta, is_response, decay):
-    """A_t = delta_t + decay * A_{t+1}, 0 past the last token: GAE's recursion. (B, L), 0 off the mask."""
+    """A_t = delta_t + decay * A_{t+1}, 0 past the last token: GAE's recursion. delta (B, L) float,
+    is_response (B, L) bool -> (B, L) float, 0 off the mask."""
     advantage, a_next = torch.zeros_like(delta), torch.zeros_like(delta[:, 0])           # (B, L), (B,)
     for t in reversed(range(delta.shape[1])):
         # NaN * 0 is NaN: select with where, never multiply by a mask.
@@ -248,8 +249,9 @@ def advantage_from_critic(value, reward, is_response, gamma, gae_lambda):
 
 
 def whiten(x, mask, accelerator):
-    """(x - mean) / standard deviation over the True positions of all processes; (B, L), 0 off the mask. Then
-    the rewards' scale does not matter, and A = Q has a baseline: its mean.     # DEVIATION 6: whitening"""
+    """(x - mean) / sqrt(variance + 1e-8) over the True positions of all processes. x (B, L) float, mask (B,
+    L) bool -> (B, L), 0 off the mask. The step's size then does not depend on the scale of x, and A = Q has
+    a baseline: its mean. The weight of KL against Q stays as it was.           # DEVIATION 6: whitening"""
     count = accelerator.reduce(mask.sum())
     mean = accelerator.reduce(torch.where(mask, x, 0.0).sum()) / count
     centred = torch.where(mask, x - mean, 0.0)
@@ -258,7 +260,8 @@ def whiten(x, mask, accelerator):
 
 
 def ppo_loss(logp, logp_old, advantage, is_response, clip_range, denominator=None):
-    """Minus Eq. (2): L_PPO(theta) = E[min(r_t(theta) * A_t, clip(r_t(theta), 1-eps, 1+eps) * A_t)]
+    """Minus Eq. (2): L_PPO(theta) = E[min(r_t(theta) * A_t, clip(r_t(theta), 1-eps, 1+eps) * A_t)], where the
+    paper's r_t(theta) is the ratio pi_theta / pi_old, not the reward.
 
     logp         (B, L) float  log pi_theta(a_t|s_t), with gradient
     logp_old     (B, L) float  log pi_old(a_t|s_t), of the policy that wrote the batch
@@ -267,6 +270,7 @@ def ppo_loss(logp, logp_old, advantage, is_response, clip_range, denominator=Non
     Returns a scalar, to be minimised, hence the minus.
     """
     assert logp.shape == logp_old.shape == advantage.shape == is_response.shape
+    # Selected before exp, too: a where after it would let NaN * 0 = NaN back into the gradient.
     ratio = torch.where(is_response, logp - logp_old, 0.0).exp()               # r_t(theta) of Eq. (2)
     unclipped = ratio * advantage
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantage
@@ -298,11 +302,11 @@ def rollout(policy, prompts, max_response_length, stop_ids, greedy=False):
     Returns [[token id, ...], ...]: decoded and encoded again, a text could split into other tokens.
     """
     width = max(map(len, prompts))                            # padded on the left, to end in the same column
-    padded = [([0] * (width - len(prompt)) + prompt, [0] * (width - len(prompt)) + [1] * len(prompt))
-              for prompt in prompts]
-    ids, is_token = torch.tensor(padded, device=policy.device).unbind(1)
+    ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=policy.device)
+    is_token = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=policy.device)
     responses, rows, cache = [[] for _ in prompts], list(range(len(prompts))), None
     for _ in range(max_response_length):
+        # ids: the whole prompt at first, then the new token only; the rest is in the cache.
         position = (is_token.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]   # 0 at each row's first token
         output = policy(input_ids=ids, attention_mask=is_token, position_ids=position, past_key_values=cache,
                         use_cache=True, logits_to_keep=1)
@@ -401,12 +405,13 @@ def ppo_update(accelerator, model, optimizer, batch, lengths, micro_size, args):
     Returns {metric: float} over all processes (docs/metrics.md).
     """
     tokens = accelerator.reduce(batch[1].sum())               # response tokens of the whole batch
-    # The one denominator. E[.] is over the batch's tokens, whichever mini-batch they fall into. Gradients are
-    # averaged over micro-batches and processes: that is undone here.                     # DEVIATION 9: E[.]
-    parts = args.batch_size // args.mini_batch_size * accelerator.gradient_accumulation_steps
-    denominator = tokens / (parts * accelerator.num_processes)
+    # The one denominator. E[.] is over the batch's tokens, whichever mini-batch they fall into: an update has
+    # its share of them. Accelerate averages gradients over the micro-batches of an update and over processes,
+    # so the sum is divided by as much less.                                              # DEVIATION 9: E[.]
+    tokens_of_update = tokens / (args.batch_size // args.mini_batch_size)
+    denominator = tokens_of_update / (accelerator.gradient_accumulation_steps * accelerator.num_processes)
     plain_model, critic_losses, critic_norms = accelerator.unwrap_model(model), [], []
-    history, errors, norms = [], [], []                       # of each epoch, micro-batch, mini-batch
+    history, errors, norms = [], [], []       # one entry per epoch; per micro-batch; per mini-batch
     for _ in range(args.ppo_epochs):
         micro_batches, sums = [], torch.zeros(3, device=batch[0].device)
         for mini in torch.randperm(len(lengths)).split(args.mini_batch_size // accelerator.num_processes):
@@ -433,7 +438,7 @@ def ppo_update(accelerator, model, optimizer, batch, lengths, micro_size, args):
             critic_losses.append(critic_loss.detach())
             errors.append((ratio - 1).abs().max())
         history.append((accelerator.reduce(sums) / tokens).tolist())
-        if history[-1][1] > args.target_kl:                   # Appendix C: KL_target = 0.1. Its use is ours
+        if history[-1][1] > args.target_kl:                   # Appendix C: KL_target = 0.1; how, is ours
             break
     ratio_error = accelerator.gather(errors[0]).max().item()  # before any update: has to be 0
     if ratio_error > (1e-3 if accelerator.mixed_precision == "no" else 0.5):
@@ -516,7 +521,7 @@ def main(args):
         clock.append(time.time())
 
         # 4. Eq. (2) and the critic's loss: epochs of mini-batches
-        model.train()                                         # gradient checkpointing asks for it
+        model.train()                                         # gradient checkpointing works in this mode only
         metrics = ppo_update(accelerator, model, optimizer,
                              (ids, is_response, logp_old, advantage, value_old, returns), lengths,
                              micro_size, args)
@@ -525,11 +530,11 @@ def main(args):
 
         # 5. Log and checkpoint
         texts = tokenizer.batch_decode(
-            [ids[:-1] if ids[-1] in stop_ids else ids for ids in responses], skip_special_tokens=True)
+            [y[:-1] if y[-1] in stop_ids else y for y in responses], skip_special_tokens=True)
         rollouts = gather_object([
             {"step": step, "prompt": prompt, "response": text, "reward": score, "kl": kl, "entropy": entropy,
-             "response_length": len(ids), "eos_rate": float(ids[-1] in stop_ids)}
-            for prompt, text, ids, score, kl, entropy in zip(questions, texts, responses, *per_answer)])
+             "response_length": len(y), "eos_rate": float(y[-1] in stop_ids)}
+            for prompt, text, y, score, kl, entropy in zip(questions, texts, responses, *per_answer)])
         for name in ("reward", "kl", "entropy", "response_length", "eos_rate"):
             metrics[name] = sum(row[name] for row in rollouts) / len(rollouts)
         for part, began, ended in zip(("generate", "score", "update"), clock, clock[1:]):

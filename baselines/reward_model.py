@@ -15,7 +15,7 @@ B pairs are 2B rows: chosen, rejected, chosen, rejected, ...
 Worked example: r = 1.5 for the chosen answer, 0.5 for the rejected one. P(chosen is better) = sigmoid(1) =
 0.731, loss = -log 0.731 = 0.313.
 
-Sections 1 to 5 are the method; section 6 is the same text in every script, and can wait.
+Read sections 3 to 5 first: the method. Sections 2 (data) and 6 (engines, run folder) are shared helpers.
 """
 import json
 import math
@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # threads that wait sleep, not spin
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # waiting threads sleep instead of spinning
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
@@ -103,7 +103,7 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), nor to be had from the hub: "
+        fail(f"{name}: no such folder (has the stage before this one been run?), and not found on the hub: "
              f"{str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
@@ -112,15 +112,15 @@ def load_tokenizer(name, template=None):
 
 def load_model(auto_class, name, tokenizer, length, trained=False, dtype=torch.float32, **settings):
     """from_pretrained: safetensors only, no dropout. trained: with the head that train_gvm.py or reward_model
-    made; else a language model, which may get a new one. transformers would load either as the other."""
+    made; else a language model, which may get a new one. (transformers would silently start a head anew.)"""
     logging.set_verbosity_error()                             # a new head is expected here, not news
     config = AutoConfig.from_pretrained(name, attention_dropout=0.0, **settings)
     made_as, wanted = (config.architectures or ["?"])[0], auto_class.__name__.removeprefix("AutoModelFor")
-    if not made_as.endswith(wanted) if trained else "Classification" in made_as:
+    if (not made_as.endswith(wanted)) if trained else ("Classification" in made_as):
         fail(f"{name}: holds a {made_as}, {'not a trained' if trained else 'no start for a'} {wanted}")
     model, report = auto_class.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True,
                                                output_loading_info=True)
-    missing = [key for key in report["missing_keys"] if trained or key[:5] not in ("score", "class")]
+    missing = [key for key in report["missing_keys"] if trained or not key.startswith(("score", "classif"))]
     if missing:
         fail(f"{name}: lacks weights, which would start at random: {', '.join(sorted(missing)[:3])} ...")
     for module in model.modules():         # no dropout: else the ratio of a policy to itself is not 1
