@@ -22,9 +22,8 @@ import yaml
 from datasets import load_dataset
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser,
-                          logging)
-from transformers.hf_argparser import HfArg
+                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, logging)
+from transformers.hf_argparser import HfArg, HfArgumentParser
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -32,10 +31,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # ---- 1. Arguments ----
 @dataclass
 class ValuesArgs:
-    models: list[str] = HfArg(default_factory=lambda: ["runs/atlas/gvm"],
-                              help="FOLDER or NAME=FOLDER of each GVM, critic or reward model")
+    models: list[str] = HfArg(default_factory=lambda: ["runs/atlas/gvm"], help="[NAME=]FOLDER of each model")
     data: str = HfArg(default="runs/atlas/data", help="data folder with test_pairs.jsonl, or hub data set")
-    backup_lambda: float = HfArg(default=0.95, help="lambda of bellman_backup, 0 to 1 (ours)")
     output: str = HfArg(default="", help="JSON file to write; none: print only")
     overwrite: bool = HfArg(default=False, help="replace --output")
     max_length: int = HfArg(default=256, help="pairs with a longer side (tokens) are dropped and counted")
@@ -82,30 +79,27 @@ def read_rows(data, split, *fields, tokenizer=None):
     # Without SPLIT: "train" or "test"; but "rl" for RL, whose prompts must not be those of the value model.
     hub_split = hub_split or ("test" if split.startswith("test_") else "rl" if split == "rl" else "train")
     try:
-        rows = list(path.open(encoding="utf-8-sig") if path.is_file() else
-                    load_dataset(name, split=hub_split))
+        lines = path.open(encoding="utf-8-sig") if path.is_file() else load_dataset(name, split=hub_split)
+        rows = {n: row for n, row in enumerate(lines, 1) if str(row).strip()}  # without empty lines
     except Exception as problem:                              # no such name or split; not UTF-8
         fail(f"{data}: cannot be read ({str(problem):.200}). From the hub: --data ORG/NAME:SPLIT")
-    for i, row in enumerate(rows):
-        if isinstance(row, str) and not row.strip():          # an empty line
-            continue
+    for n, row in rows.items():
         try:
-            rows[i] = json.loads(row) if isinstance(row, str) else row
+            rows[n] = row = json.loads(row) if isinstance(row, str) else row
             for field in fields:
-                x = rows[i][field]
+                x = row[field]
                 if field in ("response", "chosen", "rejected"):                # TRL: a list of one message
-                    x = rows[i][field] = x[0]["content"] if isinstance(x, list) and len(x) == 1 else x
+                    x = row[field] = x[0]["content"] if isinstance(x, list) and len(x) == 1 else x
                     str.encode(x or "")                       # TypeError if this is not text
                 if field == "reward":                         # 0.5 or "0.5"
-                    x = rows[i][field] = float(x) if math.isfinite(float(x)) else None
+                    x = row[field] = float(x) if math.isfinite(float(x)) else None
                 if x in (None, []) or x != x or not str(x).strip():
                     raise ValueError("empty or NaN")
             if tokenizer:
-                rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
+                row["prompt_ids"] = encode_prompt(tokenizer, row["prompt"])
         except Exception as problem:                          # bad JSON, no such field, no such template
-            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r}). "
-                 "data/prepare_data.py leaves such rows out")
-    return [row for row in rows if not isinstance(row, str)]
+            fail(f"{path}:{n}: not a row of {fields}: {problem!r} (data/prepare_data.py drops such rows)")
+    return list(rows.values())
 
 
 def load_tokenizer(name, template=None):
@@ -113,8 +107,7 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), and not found on the hub: "
-             f"{str(problem).splitlines()[0]}")
+        fail(f"{name}: no such folder or hub name (did the last stage run?): {str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
     return tokenizer
@@ -177,8 +170,7 @@ def draw_tau(prompt, sequence, pool, k, max_length, rng):
     prompt, sequence  the row's own prompt, about which tau must be silent; its (prompt ids, response ids)
     pool              [(prompt, (prompt ids, response ids)), ...] of the same policy
     Returns the ids of up to k question-answer pairs, and their number. It stops at the first pair that would
-    make the row longer than max_length tokens: to go on would favour short pairs.
-    """
+    make the row longer than max_length tokens: to go on would favour short pairs."""
     tau, pairs, room = [], 0, max_length - len(sequence[0]) - len(sequence[1])
     # More than k are drawn: those about the row's own prompt are skipped.
     for question, (prompt_ids, response_ids) in rng.sample(pool, min(len(pool), 4 * k)):
@@ -216,7 +208,7 @@ def bellman_backup(q, is_response, gamma, td_lambda):
 
 
 @torch.no_grad()
-def score_answer(model, prompt, response, backup_lambda):
+def score_answer(model, prompt, response, backup_lambda=0.95):
     """{aggregate: score} of one answer, (prompt ids, response ids). A reward model's one score is "last"."""
     # One row at a time: no padding, in which a reward model's class would look for the end of the answer.
     ids = torch.tensor([[*prompt, *response]], device=model.device)                      # (1, L)
@@ -261,7 +253,7 @@ def score_pairs(name, args):
     for i, (prompt, sequence, policy) in enumerate(tqdm(answers, name)):
         rng = random.Random(f"{args.seed} {i}")
         tau, _ = draw_tau(prompt, sequence, pools[policy], gvm["tau_pairs"], gvm["max_length"], rng)
-        scores.append(score_answer(model, [*tau, *sequence[0]], sequence[1], args.backup_lambda))
+        scores.append(score_answer(model, [*tau, *sequence[0]], sequence[1]))
     return kept, len(rows) - len(kept), {key: torch.tensor([x[key] for x in scores]) for key in scores[0]}
 
 
@@ -322,8 +314,7 @@ def value_accuracy(name, args):
     result = {"model": name, "pairs": len(rows), "dropped": dropped, "aggregate": aggregate,
               "pair_accuracy": {key: accuracy(key, list(range(len(rows)))) for key in right}}
     for table, groups in group_rows(rows).items():
-        result[table] = {label: accuracy(aggregate, numbers)
-                         for label, numbers in sorted(groups.items(), key=str)}
+        result[table] = {label: accuracy(aggregate, groups[label]) for label in sorted(groups, key=str)}
     return result
 
 
@@ -352,8 +343,7 @@ def rollout(policy, prompts, max_response_length, stop_ids, greedy=False):
     prompts   [[token id, ...], ...]
     stop_ids  ids that end an answer; the last token is one of them, unless the answer was cut
     greedy    takes the likeliest token instead: ReMax's baseline, never what the policy learns from
-    Returns [[token id, ...], ...]: decoded and encoded again, a text could split into other tokens.
-    """
+    Returns [[token id, ...], ...]: decoded and encoded again, a text could split into other tokens."""
     width = max(map(len, prompts))                            # padded on the left, to end in the same column
     ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=policy.device)
     is_token = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=policy.device)

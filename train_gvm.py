@@ -12,11 +12,11 @@ padding to the batch's width L. What belongs to a token stands in its column; B 
     ids             x1    x2     y1     y2     END    pad
     is_response     .     .      1      1      1      .     written by the behaviour policy
     is_value        .     1      1      1      1      .     where a value is learned
-    q               .     V(s1)  Q1     Q2     Q3     .     read *at* a_t: s_t = [x, y^{<t}] and a_t are seen
+    q               .     gV(s1) Q1     Q2     Q3     .     read *at* a_t: s_t = [x, y^{<t}] and a_t are seen
     reward          .     0      0      0      r      .     r(x, y) at the last token, 0 before (section 3.1)
 
-V(s1) stands for gamma * V(s1). Q and V are those of the policies that wrote the data. The authors' released
-code reads one column earlier, V(s_t): there the action is not seen yet. DEVIATION n: docs/deviations.md.
+gV(s1): gamma * V(s_1), before any action. Q and V are those of the policies that wrote the data. The released
+code reads one column earlier, V(s_t), where the action is not seen yet. DEVIATION n: docs/deviations.md.
 
 Worked example, gamma = 1, r = 1, and at the moment q = V(s1), Q1, Q2, Q3 = 0, 0.5, 0.2, 0.6:
     --td_lambda 0      target = Q_{t+1}, and r at the end      = 0.5,  0.2,  0.6, 1     Eq. (1) to the letter
@@ -42,12 +42,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # waiting threads sleep
 import torch
 import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
 from datasets import load_dataset
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForTokenClassification, AutoTokenizer, GenerationConfig,
-                          HfArgumentParser, get_scheduler, logging)
-from transformers.hf_argparser import HfArg
+                          get_scheduler, logging)
+from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 MAX_GRAD_NORM = 1.0                                           # gradient clipping (ours)
@@ -87,30 +86,27 @@ def read_rows(data, split, *fields, tokenizer=None):
     # Without SPLIT: "train" or "test"; but "rl" for RL, whose prompts must not be those of the value model.
     hub_split = hub_split or ("test" if split.startswith("test_") else "rl" if split == "rl" else "train")
     try:
-        rows = list(path.open(encoding="utf-8-sig") if path.is_file() else
-                    load_dataset(name, split=hub_split))
+        lines = path.open(encoding="utf-8-sig") if path.is_file() else load_dataset(name, split=hub_split)
+        rows = {n: row for n, row in enumerate(lines, 1) if str(row).strip()}  # without empty lines
     except Exception as problem:                              # no such name or split; not UTF-8
         fail(f"{data}: cannot be read ({str(problem):.200}). From the hub: --data ORG/NAME:SPLIT")
-    for i, row in enumerate(rows):
-        if isinstance(row, str) and not row.strip():          # an empty line
-            continue
+    for n, row in rows.items():
         try:
-            rows[i] = json.loads(row) if isinstance(row, str) else row
+            rows[n] = row = json.loads(row) if isinstance(row, str) else row
             for field in fields:
-                x = rows[i][field]
+                x = row[field]
                 if field in ("response", "chosen", "rejected"):                # TRL: a list of one message
-                    x = rows[i][field] = x[0]["content"] if isinstance(x, list) and len(x) == 1 else x
+                    x = row[field] = x[0]["content"] if isinstance(x, list) and len(x) == 1 else x
                     str.encode(x or "")                       # TypeError if this is not text
                 if field == "reward":                         # 0.5 or "0.5"
-                    x = rows[i][field] = float(x) if math.isfinite(float(x)) else None
+                    x = row[field] = float(x) if math.isfinite(float(x)) else None
                 if x in (None, []) or x != x or not str(x).strip():
                     raise ValueError("empty or NaN")
             if tokenizer:
-                rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
+                row["prompt_ids"] = encode_prompt(tokenizer, row["prompt"])
         except Exception as problem:                          # bad JSON, no such field, no such template
-            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r}). "
-                 "data/prepare_data.py leaves such rows out")
-    return [row for row in rows if not isinstance(row, str)]
+            fail(f"{path}:{n}: not a row of {fields}: {problem!r} (data/prepare_data.py drops such rows)")
+    return list(rows.values())
 
 
 def load_tokenizer(name, template=None):
@@ -118,8 +114,7 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), and not found on the hub: "
-             f"{str(problem).splitlines()[0]}")
+        fail(f"{name}: no such folder or hub name (did the last stage run?): {str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
     return tokenizer
@@ -206,11 +201,8 @@ class Trajectory(NamedTuple):
 
 
 def read_trajectories(args, tokenizer, split, supervision):
-    """data/split.jsonl -> [Trajectory, ...], without rows longer than max_length.
-
-    supervision  "scores": the rows' own rewards; "pairs": +1 for chosen, -1 for rejected (Appendix G), the
-                 two next to each other
-    """
+    """data/split.jsonl -> [Trajectory, ...], without rows longer than max_length. supervision "scores": the
+    rows' own rewards; "pairs": +1 for chosen, -1 for rejected (Appendix G), the two next to each other."""
     policies = {"response": "policy", "chosen": "policy_chosen", "rejected": "policy_rejected"}
     sides = ["response"] if supervision == "scores" else ["chosen", "rejected"]
     fields = [*sides, "reward"] if supervision == "scores" else sides
@@ -238,8 +230,7 @@ def draw_tau(prompt, sequence, pool, k, max_length, rng):
     prompt, sequence  the row's own prompt, about which tau must be silent; its (prompt ids, response ids)
     pool              [(prompt, (prompt ids, response ids)), ...] of the same policy
     Returns the ids of up to k question-answer pairs, and their number. It stops at the first pair that would
-    make the row longer than max_length tokens: to go on would favour short pairs.
-    """
+    make the row longer than max_length tokens: to go on would favour short pairs."""
     tau, pairs, room = [], 0, max_length - len(sequence[0]) - len(sequence[1])
     # More than k are drawn: those about the row's own prompt are skipped.
     for question, (prompt_ids, response_ids) in rng.sample(pool, min(len(pool), 4 * k)):
@@ -273,10 +264,8 @@ def with_taus(rows, data, pools, args, step):
 
 def collate(sequences, pad_id):
     """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
-
     The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
-    and the model would never stop. No attention mask: padding is on the right, where no token sees it.
-    """
+    and the model would never stop. No attention mask: padding is on the right, where no token sees it."""
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_id)
     is_response = torch.zeros(ids.shape, dtype=torch.bool)
@@ -314,8 +303,7 @@ def td_loss(q, reward, is_value, gamma, td_lambda, denominator=None):
     reward       (B, L) float  r_t: r(x, y) at the last response token, 0 elsewhere
     is_value     (B, L) bool   the response tokens, and the last prompt token for V(s_1)
     denominator  divides the sum over tokens; None: the number of value positions here, for E[.] as their mean
-    Returns a scalar. No gradient goes through the target.                    # DEVIATION 2: semi-gradient
-    """
+    Returns a scalar. No gradient goes through the target.                    # DEVIATION 2: semi-gradient"""
     assert q.shape == reward.shape == is_value.shape and is_value.dtype == torch.bool
     target = lambda_return(q, reward, is_value, gamma, td_lambda)
     delta = torch.where(is_value, target - q, 0.0)            # the bracket of Eq. (1)
@@ -328,8 +316,7 @@ def lambda_return(q, reward, is_value, gamma, td_lambda):
 
     lambda = 0 is the one-step target of section 3.2, lambda = 1 the Monte Carlo return gamma^(T-t) * r(x, y),
     values in between the lambda-return (Sutton and Barto 2018, chapter 12).  # DEVIATION 1: lambda
-    q, reward (B, L) float; is_value (B, L) bool, contiguous in each row. Returns (B, L), 0 off the mask.
-    """
+    q, reward (B, L) float; is_value (B, L) bool, contiguous in each row. Returns (B, L), 0 off the mask."""
     target = torch.zeros_like(q)
     q_next = g_next = torch.zeros_like(q[:, 0])                                          # (B,)
     for t in reversed(range(q.shape[1])):
@@ -387,9 +374,8 @@ def main(args):
     if not (std > 0 and math.isfinite(std)):
         fail(f"{args.data}: the rewards' standard deviation is {std}: nothing to learn")
     rewards = ((rewards - mean) / std).float()
-    held_out = []
-    if Path(args.data, "test_pairs.jsonl").is_file():
-        held_out = read_trajectories(args, tokenizer, "test_pairs", "pairs")
+    is_held_out = Path(args.data, "test_pairs.jsonl").is_file()
+    held_out = read_trajectories(args, tokenizer, "test_pairs", "pairs") if is_held_out else []
     pools = pool_by_policy(data)
 
     model = load_model(AutoModelForTokenClassification, args.model, tokenizer, args.max_length, num_labels=1)
@@ -475,11 +461,11 @@ def start_accelerator(args, update_size):
     torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
     accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
-    if rest or accelerator.distributed_type == DistributedType.FSDP:
+    if rest or accelerator.distributed_type == "FSDP":
         fail(f"{update_size} rows an update do not divide into {accelerator.num_processes} processes x "
              f"--micro_batch_size {micro_size}; or this is FSDP: use DDP or ZeRO")
     accelerator.gradient_accumulation_steps = accumulation
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.deepspeed_plugin:
         accelerator.deepspeed_plugin.deepspeed_config |= {
             "gradient_accumulation_steps": accumulation, "gradient_clipping": MAX_GRAD_NORM,
             "train_micro_batch_size_per_gpu": micro_size}
@@ -488,10 +474,7 @@ def start_accelerator(args, update_size):
 
 def clip_grad_norm(accelerator, model):
     """Clips the gradient (DeepSpeed has). Returns its norm before; one that is not finite ends the run."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        norm = float(accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm())
-    else:
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
     return norm if math.isfinite(norm) else fail(f"gradient norm {norm}: lower --lr, or --resume")
 
 
@@ -502,8 +485,7 @@ def start_run(accelerator, args):
         inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
         if output.resolve() in [Path(value).resolve() for value in inputs]:
             fail(f"{output}: is an input of this run. Choose another --output")
-        finished = any(output.glob("*.safetensors"))
-        if output.exists() and any(output.iterdir()) and (finished or not args.resume):
+        if any(output.glob("*")) and (any(output.glob("*.safetensors")) or not args.resume):
             if not (args.overwrite and (output / "args.json").is_file()):
                 fail(f"{output}: is in use. Pass another --output, or --overwrite; --resume if unfinished")
             shutil.rmtree(output)

@@ -28,7 +28,7 @@ import random
 import shutil
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -37,13 +37,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # waiting threads sleep
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from datasets import load_dataset
 from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser,
-                          logging)
-from transformers.hf_argparser import HfArg
+                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, logging)
+from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 MAX_GRAD_NORM = 1.0                                           # gradient clipping (ours; released code: none)
@@ -90,30 +89,27 @@ def read_rows(data, split, *fields, tokenizer=None):
     # Without SPLIT: "train" or "test"; but "rl" for RL, whose prompts must not be those of the value model.
     hub_split = hub_split or ("test" if split.startswith("test_") else "rl" if split == "rl" else "train")
     try:
-        rows = list(path.open(encoding="utf-8-sig") if path.is_file() else
-                    load_dataset(name, split=hub_split))
+        lines = path.open(encoding="utf-8-sig") if path.is_file() else load_dataset(name, split=hub_split)
+        rows = {n: row for n, row in enumerate(lines, 1) if str(row).strip()}  # without empty lines
     except Exception as problem:                              # no such name or split; not UTF-8
         fail(f"{data}: cannot be read ({str(problem):.200}). From the hub: --data ORG/NAME:SPLIT")
-    for i, row in enumerate(rows):
-        if isinstance(row, str) and not row.strip():          # an empty line
-            continue
+    for n, row in rows.items():
         try:
-            rows[i] = json.loads(row) if isinstance(row, str) else row
+            rows[n] = row = json.loads(row) if isinstance(row, str) else row
             for field in fields:
-                x = rows[i][field]
+                x = row[field]
                 if field in ("response", "chosen", "rejected"):                # TRL: a list of one message
-                    x = rows[i][field] = x[0]["content"] if isinstance(x, list) and len(x) == 1 else x
+                    x = row[field] = x[0]["content"] if isinstance(x, list) and len(x) == 1 else x
                     str.encode(x or "")                       # TypeError if this is not text
                 if field == "reward":                         # 0.5 or "0.5"
-                    x = rows[i][field] = float(x) if math.isfinite(float(x)) else None
+                    x = row[field] = float(x) if math.isfinite(float(x)) else None
                 if x in (None, []) or x != x or not str(x).strip():
                     raise ValueError("empty or NaN")
             if tokenizer:
-                rows[i]["prompt_ids"] = encode_prompt(tokenizer, rows[i]["prompt"])
+                row["prompt_ids"] = encode_prompt(tokenizer, row["prompt"])
         except Exception as problem:                          # bad JSON, no such field, no such template
-            fail(f"{path}:{i + 1}: not a row with {' and '.join(fields)} ({problem!r}). "
-                 "data/prepare_data.py leaves such rows out")
-    return [row for row in rows if not isinstance(row, str)]
+            fail(f"{path}:{n}: not a row of {fields}: {problem!r} (data/prepare_data.py drops such rows)")
+    return list(rows.values())
 
 
 def load_tokenizer(name, template=None):
@@ -121,8 +117,7 @@ def load_tokenizer(name, template=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as problem:
-        fail(f"{name}: no such folder (has the stage before this one been run?), and not found on the hub: "
-             f"{str(problem).splitlines()[0]}")
+        fail(f"{name}: no such folder or hub name (did the last stage run?): {str(problem).splitlines()[0]}")
     tokenizer.chat_template = tokenizer.chat_template or template or fail(f"{name}: has no chat template")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token or fail(f"{name}: has no EOS token")
     return tokenizer
@@ -196,10 +191,8 @@ def end_of_answer(tokenizer):
 
 def collate(sequences, pad_id):
     """[(prompt ids, response ids)] -> right-padded ids (B, L) and lengths (B,) long, is_response (B, L) bool.
-
     The mask comes from lengths: where pad and EOS are one token, `ids != pad` would hide EOS from the loss,
-    and the model would never stop. No attention mask: padding is on the right, where no token sees it.
-    """
+    and the model would never stop. No attention mask: padding is on the right, where no token sees it."""
     lengths = torch.tensor([len(prompt) + len(response) for prompt, response in sequences])
     ids = torch.full((len(sequences), int(lengths.max())), pad_id)
     is_response = torch.zeros(ids.shape, dtype=torch.bool)
@@ -242,8 +235,7 @@ def advantage_from_critic(value, reward, is_response, gamma, gae_lambda):
 
         delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)           A_t = delta_t + gamma * lambda * A_{t+1}
 
-    value, reward (B, L) float; is_response (B, L) bool. Returns (B, L), 0 off the mask.
-    """
+    value, reward (B, L) float; is_response (B, L) bool. Returns (B, L), 0 off the mask."""
     v_next = torch.where(is_last_token(is_response), 0.0, torch.nn.functional.pad(value[:, 1:], (0, 1)))
     return discounted_sum(reward + gamma * v_next - value, is_response, gamma * gae_lambda)
 
@@ -267,8 +259,7 @@ def ppo_loss(logp, logp_old, advantage, is_response, clip_range, denominator=Non
     logp_old     (B, L) float  log pi_old(a_t|s_t), of the policy that wrote the batch
     advantage    (B, L) float  A_t, a constant                    is_response (B, L) bool
     denominator  divides the sum over tokens; None: the number of response tokens here, for E[.] as their mean
-    Returns a scalar, to be minimised, hence the minus.
-    """
+    Returns a scalar, to be minimised, hence the minus."""
     assert logp.shape == logp_old.shape == advantage.shape == is_response.shape
     # Selected before exp, too: a where after it would let NaN * 0 = NaN back into the gradient.
     ratio = torch.where(is_response, logp - logp_old, 0.0).exp()               # r_t(theta) of Eq. (2)
@@ -282,8 +273,7 @@ def value_loss(value, value_old, returns, is_response, value_clip, denominator=N
     """Critic's: 1/2 E[max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)], the larger error counts.
 
     value, value_old  (B, L) float  V_phi(s_t), with gradient; V(s_t) when the batch was made
-    returns           (B, L) float  R_t = A_t + V_old(s_t), a constant      denominator: as in ppo_loss
-    """
+    returns           (B, L) float  R_t = A_t + V_old(s_t), a constant      denominator: as in ppo_loss"""
     near = value_old + (value - value_old).clamp(-value_clip, value_clip)
     error = torch.where(is_response, value - returns, 0.0)
     near_error = torch.where(is_response, near - returns, 0.0)
@@ -299,8 +289,7 @@ def rollout(policy, prompts, max_response_length, stop_ids, greedy=False):
     prompts   [[token id, ...], ...]
     stop_ids  ids that end an answer; the last token is one of them, unless the answer was cut
     greedy    takes the likeliest token instead: ReMax's baseline, never what the policy learns from
-    Returns [[token id, ...], ...]: decoded and encoded again, a text could split into other tokens.
-    """
+    Returns [[token id, ...], ...]: decoded and encoded again, a text could split into other tokens."""
     width = max(map(len, prompts))                            # padded on the left, to end in the same column
     ids = torch.tensor([[0] * (width - len(x)) + x for x in prompts], device=policy.device)
     is_token = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=policy.device)
@@ -402,8 +391,7 @@ def ppo_update(accelerator, model, optimizer, batch, lengths, micro_size, args):
 
     batch    (ids, is_response, logp_old, advantage, value_old, returns), each (B, L): this process's rollouts
     lengths  (B,) long, on the CPU: tokens of each row, prompt included
-    Returns {metric: float} over all processes (docs/metrics.md).
-    """
+    Returns {metric: float} over all processes (docs/metrics.md)."""
     tokens = accelerator.reduce(batch[1].sum())               # response tokens of the whole batch
     # The one denominator. E[.] is over the batch's tokens, whichever mini-batch they fall into: an update has
     # its share of them. Accelerate averages gradients over the micro-batches of an update and over processes,
@@ -458,8 +446,7 @@ def main(args):
     if (other.get_vocab(), other.chat_template) != (tokenizer.get_vocab(), tokenizer.chat_template):
         fail(f"{args.reward_model}: another tokenizer or chat template than {args.model}. Train it from that")
     rows = read_rows(args.data, "rl", "prompt", tokenizer=tokenizer)
-    data = [(row["prompt"], row["prompt_ids"]) for row in rows]
-    data = [(prompt, ids) for prompt, ids in data if len(ids) <= args.max_prompt_length]
+    data = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_length]
     accelerator.print(f"{len(data)} prompts; {len(rows) - len(data)} longer than --max_prompt_length dropped")
     if len(data) < args.batch_size:
         fail(f"{args.data}: {len(data)} prompts do not fill --batch_size {args.batch_size}")
@@ -496,9 +483,9 @@ def main(args):
 
         # 1. Rollouts: y ~ pi_old(.|x)
         clock = [time.time()]
-        questions, prompt_ids = zip(*batch)
-        with gathered(accelerator, model) as plain_model, accelerator.autocast():
-            responses = rollout(plain_model.policy, prompt_ids, args.max_response_length, stop_ids)
+        questions, prompt_ids = zip(*[(row["prompt"], row["prompt_ids"]) for row in batch])
+        with gathered(accelerator, model), accelerator.autocast():
+            responses = rollout(policy, prompt_ids, args.max_response_length, stop_ids)
         sequences = list(zip(prompt_ids, responses))
         clock.append(time.time())
 
@@ -522,9 +509,8 @@ def main(args):
 
         # 4. Eq. (2) and the critic's loss: epochs of mini-batches
         model.train()                                         # gradient checkpointing works in this mode only
-        metrics = ppo_update(accelerator, model, optimizer,
-                             (ids, is_response, logp_old, advantage, value_old, returns), lengths,
-                             micro_size, args)
+        tensors = ids, is_response, logp_old, advantage, value_old, returns
+        metrics = ppo_update(accelerator, model, optimizer, tensors, lengths, micro_size, args)
         model.eval()
         clock.append(time.time())
 
@@ -574,11 +560,11 @@ def start_accelerator(args, update_size):
     torch.backends.cuda.enable_cudnn_sdp(False)               # NaN gradients on H100: pytorch issue 196678
     micro_size = max(1, min(args.micro_batch_size, update_size // accelerator.num_processes))
     accumulation, rest = divmod(update_size, micro_size * accelerator.num_processes)
-    if rest or accelerator.distributed_type == DistributedType.FSDP:
+    if rest or accelerator.distributed_type == "FSDP":
         fail(f"{update_size} rows an update do not divide into {accelerator.num_processes} processes x "
              f"--micro_batch_size {micro_size}; or this is FSDP: use DDP or ZeRO")
     accelerator.gradient_accumulation_steps = accumulation
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+    if accelerator.deepspeed_plugin:
         accelerator.deepspeed_plugin.deepspeed_config |= {
             "gradient_accumulation_steps": accumulation, "gradient_clipping": MAX_GRAD_NORM,
             "train_micro_batch_size_per_gpu": micro_size}
@@ -596,23 +582,17 @@ def prepare_frozen(accelerator, model):
     return deepspeed.initialize(model=model, config=config)[0]
 
 
-@contextmanager
 def gathered(accelerator, model):
-    """The plain model, to generate with. ZeRO-3 gathers its weights once, not for each token."""
-    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) == 3:
-        from deepspeed.runtime.zero import unwrap_model_for_generation
-        with unwrap_model_for_generation(model):
-            yield accelerator.unwrap_model(model)
-    else:
-        yield accelerator.unwrap_model(model)
+    """A context to generate in: ZeRO-3 gathers the weights once, not for each token."""
+    if getattr(accelerator.state.deepspeed_plugin, "zero_stage", 0) != 3:
+        return nullcontext()
+    from deepspeed.runtime.zero import unwrap_model_for_generation
+    return unwrap_model_for_generation(model)
 
 
 def clip_grad_norm(accelerator, model):
     """Clips the gradient (DeepSpeed has). Returns its norm before; one that is not finite ends the run."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        norm = float(accelerator.deepspeed_engine_wrapped.engine.get_global_grad_norm())
-    else:
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
+    norm = float(accelerator.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM))
     return norm if math.isfinite(norm) else fail(f"gradient norm {norm}: lower --lr, or --resume")
 
 
@@ -623,8 +603,7 @@ def start_run(accelerator, args):
         inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
         if output.resolve() in [Path(value).resolve() for value in inputs]:
             fail(f"{output}: is an input of this run. Choose another --output")
-        finished = any(output.glob("*.safetensors"))
-        if output.exists() and any(output.iterdir()) and (finished or not args.resume):
+        if any(output.glob("*")) and (any(output.glob("*.safetensors")) or not args.resume):
             if not (args.overwrite and (output / "args.json").is_file()):
                 fail(f"{output}: is in use. Pass another --output, or --overwrite; --resume if unfinished")
             shutil.rmtree(output)
