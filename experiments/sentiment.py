@@ -250,6 +250,13 @@ def wins(found, rival):
     return statistics.mean((margin > 0) + (margin == 0) / 2 for margin in margins)
 
 
+def steps_to(goal, curve, width=5):
+    """The first step at which the rollouts' true score, mean of `width` steps, is `goal`; None if never."""
+    scores = [score for score, _ in curve]
+    ends = range(width, len(curve) + 1)
+    return next((end for end in ends if statistics.mean(scores[end - width:end]) >= goal), None)
+
+
 def score_at(nats, start, curve, width=5):
     """True score of a run's rollouts where their KL, both means over `width` steps, first passes `nats`;
     None if it never does. `start` is the score at 0 nats."""
@@ -372,6 +379,9 @@ def report(args, found):
             "score", "wins", "kl", "objective", "length", "perplexity", "distinct-2")]
         at_2 = [score_at(2, start["score"], curve) for curve in found["curves"].get(arm, [])]
         columns.insert(4, claims.cell(at_2, 2) if at_2 and None not in at_2 else "")
+        pairs = zip(found["curves"].get(arm, []), found["curves"].get("PPO", []))
+        reached = [steps_to(statistics.mean(score for score, _ in rival[-5:]), mine) for mine, rival in pairs]
+        columns.insert(5, ", ".join(str(step or "never") for step in reached))
         cost = [""] * 3
         if arm in found["seconds"]:
             step, total = found["seconds"][arm]
@@ -392,8 +402,8 @@ def report(args, found):
                  (x, f"**{a}**", b) for x, (a, b) in verdicts.items()]), "",
              "![sentiment](sentiment.png)", "",
              *claims.table("arm | true score | wins over the start | KL, nats | objective | score at 2 nats "
-                           "| tokens | perplexity | distinct-2 | seconds a step | minutes in all | rate",
-                           rows), "",
+                           "| steps to PPO's last score | tokens | perplexity | distinct-2 | seconds a step "
+                           "| minutes in all | rate", rows), "",
              "Minutes in all: the policy's training, and that of the GVM or the reward model it needs.", "",
              "The value models against the true Q, by place in the answer.", "",
              *claims.table("value model | policy | place | correlation | error | variance of Q | states", [
