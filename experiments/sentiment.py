@@ -16,6 +16,9 @@ Method      Openings of reviews and letters (data/sentiment_prompts.txt): 160 fo
             Fluency: perplexity of the answers under the SFT model. distinct-2: different pairs of
             neighbouring words, as a share of all; it falls when a policy repeats itself. Arms end at unlike
             KL; "score at 2 nats" is that of a run's rollouts when their KL first passes 2 nats.
+            One more arm, added when seed 1 of the others had been seen: the KL coefficient is in units of the
+            reward, and the values of the GVM from pairs vary less over the start's answers (deviation 0.056)
+            than PPO's standardised rewards (0.86). "DVPO, pairs, KL 0.003" has 0.05 x 0.056 / 0.86.
             True Q of a prefix: the mean score of eight completions by the policy in question.
 Command     pip install vaderSentiment==3.3.2; python data/smollm2.py; python experiments/sentiment.py
 """
@@ -56,12 +59,15 @@ POLICIES = {"calm": ("", 0.7), "plain": ("", 1.0),            # name: system mes
             "grumpy": ("You hate everything and complain.", 0.8), "reporter": ("You report facts.", 0.7)}
 LRS, KL_COEF = (3e-6, 1e-5, 3e-5), RECIPE["train_dvpo"]["kl_coef"]
 RATES = claims.ROOT / "experiments" / "results" / "sentiment_rates.json"
-ARMS = {"DVPO, pairs": ("train_dvpo", {"gvm": "gvm_pairs"}), "PPO": ("baselines.ppo", {}),
-        "GRPO": ("baselines.grpo", {}), "DVPO, scores": ("train_dvpo", {"gvm": "gvm_scores"}),
-        "PPO, critic from the GVM": ("baselines.ppo", {"critic_init": "gvm_pairs"}),
-        "DPO": ("baselines.dpo", {})}
-NEEDS = {"DVPO, pairs": ["gvm_pairs"], "PPO": ["reward_model"], "GRPO": ["reward_model"], "DPO": [],
-         "DVPO, scores": ["gvm_scores"], "PPO, critic from the GVM": ["reward_model", "gvm_pairs"]}
+PAIRS = {"gvm": "gvm_pairs"}
+ARMS = {   # name: (script, {flag: run of all seeds}, other flags)
+    "DVPO, pairs": ("train_dvpo", PAIRS, {}), "PPO": ("baselines.ppo", {"reward_model": "reward_model"}, {}),
+    "GRPO": ("baselines.grpo", {"reward_model": "reward_model"}, {}),
+    "DVPO, scores": ("train_dvpo", {"gvm": "gvm_scores"}, {}),
+    "PPO, critic from the GVM": ("baselines.ppo", {
+        "reward_model": "reward_model", "critic_init": "gvm_pairs"}, {}),
+    "DPO": ("baselines.dpo", {}, {}), "DVPO, pairs, KL 0.003": ("train_dvpo", PAIRS, {"kl_coef": 0.003})}
+TUNED = [arm for arm in ARMS if ", KL" not in arm]
 
 
 # ---- 1. Data ----
@@ -94,11 +100,18 @@ def load(folder):
     return policy.eval().to(evaluate.DEVICE), tokenizer
 
 
+def autocast():
+    """To measure in the precision of the runs."""
+    bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    return torch.autocast(evaluate.DEVICE, torch.bfloat16, enabled=bf16)
+
+
 def sample(policy, prompt_ids, what, longest=LONGEST):
     """One response to each prompt (ids), 64 at a time."""
     stop_ids, found = getattr(policy, "policy", policy).generation_config.eos_token_id, []
     for start in tqdm(range(0, len(prompt_ids), 64), what):
-        found += train_dvpo.rollout(policy, prompt_ids[start:start + 64], longest, stop_ids)
+        with autocast():
+            found += train_dvpo.rollout(policy, prompt_ids[start:start + 64], longest, stop_ids)
     return found
 
 
@@ -156,7 +169,7 @@ def shared_runs(folder, args, at_once):
     data = write_data(folder, args.model, args.scale)
     sft = train("sft", folder / "sft", {"model": args.model, "data": data} | RECIPE["sft"])
     inputs, calls = {"model": sft, "data": data}, []
-    for name in dict.fromkeys(name for arm in args.arms for name in NEEDS[arm]):
+    for name in dict.fromkeys(name for arm in args.arms for name in ARMS[arm][1].values()):
         script = "baselines.reward_model" if name == "reward_model" else "train_gvm"
         flags = {"supervision": "pairs"} if name == "gvm_pairs" else {}
         calls.append((script, folder / name, flags | inputs | RECIPE[script.split(".")[-1]]))
@@ -165,12 +178,11 @@ def shared_runs(folder, args, at_once):
 
 def policy_run(folder, data, shared, arm, lr, seed, steps):
     """The call of `train` for the policy of an arm: all learn from the same number of rollouts, once each."""
-    script, flags = ARMS[arm]
-    flags = RECIPE[script.split(".")[-1]] | {name: shared[value] for name, value in flags.items()}
+    script, inputs, more = ARMS[arm]
+    flags = RECIPE[script.split(".")[-1]] | {name: shared[run] for name, run in inputs.items()} | more
     flags |= {"model": shared["sft"], "data": data, "lr": lr, "seed": seed}
     flags |= {"steps": steps} if "max_response_length" in flags else {}
     flags |= {"critic_lr": lr} if "critic_lr" in flags else {}
-    flags |= {"reward_model": shared["reward_model"]} if script in ("baselines.ppo", "baselines.grpo") else {}
     return script, folder / file_name(f"{arm}_{lr:g}_{steps}_{seed}"), flags
 
 
@@ -200,10 +212,10 @@ def tune(folder, data, shared, args, at_once):
     shorter runs on other seeds; kept in RATES."""
     if not args.tune_seeds:
         return json.loads(RATES.read_text(encoding="utf-8"))
-    tried = [(arm, lr, seed) for seed in args.tune_seeds for lr in LRS for arm in args.arms]
+    tried = [(arm, lr, seed) for seed in args.tune_seeds for lr in LRS for arm in args.arms if arm in TUNED]
     runs = list(at_once(train, [policy_run(folder / "tune", data, shared, arm, lr, seed, args.tune_steps)
                                 for arm, lr, seed in tried]))
-    found = {arm: {f"{lr:g}": [] for lr in LRS} for arm in args.arms}
+    found = {arm: {f"{lr:g}": [] for lr in LRS} for arm in args.arms if arm in TUNED}
     for (arm, lr, _), goal in zip(tried, at_once(objective, [(run, shared["sft"], data) for run in runs])):
         found[arm][f"{lr:g}"].append(goal)
     found = {"machine": claims.machine(), "commit": claims.commit(), "precision": args.precision,
@@ -213,7 +225,8 @@ def tune(folder, data, shared, args, at_once):
     return found
 
 
-def best(rates):
+def best(tuned, arm):
+    rates = tuned["rates"][arm.partition(", KL")[0]]
     return float(max(rates, key=lambda lr: statistics.mean(rates[lr])))
 
 
@@ -232,8 +245,9 @@ def measure(run, start, data, prompts="test_prompts", most=None):
     for i in range(0, len(sequences), 16):
         batch, is_response, _ = train_dvpo.collate(sequences[i:i + 16], 0)
         batch, is_response = batch.to(policy.device), is_response.to(policy.device)
-        logp = train_dvpo.token_logp(policy, batch, is_response)
-        logp_ref = train_dvpo.token_logp(reference, batch, is_response)
+        with autocast():
+            logp = train_dvpo.token_logp(policy, batch, is_response)
+            logp_ref = train_dvpo.token_logp(reference, batch, is_response)
         kl, nll = kl + (logp - logp_ref).sum().item(), nll - logp_ref.sum().item()
     texts, tokens = [claims.text(tokenizer, y) for _, y in sequences], sum(len(y) for _, y in sequences)
     pairs = [pair for text in texts for pair in zip(text.lower().split(), text.lower().split()[1:])]
@@ -323,7 +337,7 @@ def measure_all(args, folder, at_once):
     shared, data = shared_runs(folder, args, at_once)
     tuned = tune(folder, data, shared, args, at_once)
     asked = [(arm, seed) for seed in args.seeds for arm in args.arms]        # every arm, then the next seed
-    rate = {arm: best(tuned["rates"][arm]) for arm in args.arms}
+    rate = {arm: best(tuned, arm) for arm in args.arms}
     made = list(at_once(train, [policy_run(folder, data, shared, arm, rate[arm], seed, args.steps)
                                 for arm, seed in asked]))
     start, *measured = at_once(measure, [(run, shared["sft"], data) for run in [Path(shared["sft"]), *made]])
@@ -336,7 +350,8 @@ def measure_all(args, folder, at_once):
         numbers[arm].append(found)
     times = {arm: [statistics.median(seconds(run)[0] for run in each),
                    statistics.mean(seconds(run)[1] for run in each)
-                   + sum(seconds(shared[name])[1] for name in NEEDS[arm])] for arm, each in runs.items()}
+                   + sum(seconds(shared[name])[1] for name in ARMS[arm][1].values())]
+             for arm, each in runs.items()}
     openings = [row["prompt"][-1]["content"].partition(": ")[2]
                 for row in claims.read_lines(data / "test_prompts.jsonl")]
     policies = {name: (args.model, *policy) for name, policy in POLICIES.items()} if args.scale == 1 else {}
@@ -385,7 +400,7 @@ def report(args, found):
         cost = [""] * 3
         if arm in found["seconds"]:
             step, total = found["seconds"][arm]
-            cost = [f"{step:.1f}", f"{total / 60:.1f}", f"{best(tuned['rates'][arm]):g}"]
+            cost = [f"{step:.1f}", f"{total / 60:.1f}", f"{best(tuned, arm):g}"]
             verdicts[f"{arm} improves on the start: true score"] = claims.claim(
                 [x - start["score"] for x in each["score"][arm]], "by")
         for name in ("score", "objective") if arm not in ("start", "PPO") and "PPO" in numbers else ():
