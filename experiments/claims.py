@@ -263,25 +263,32 @@ def workers(jobs):
                                        else itertools.starmap(function, calls))
 
 
+def keep(file, run_seed, *call):
+    made_with, half = f"commit {commit()}, {machine()}", file.with_suffix(".half")
+    found = run_seed(*call)
+    half.write_text(json.dumps({"made with": made_with, "found": found}), encoding="utf-8")
+    half.replace(file)                                        # a stop leaves no half of it
+
+
 def over_seeds(run_seed, args, *more):
-    """{seed: run_seed(folder, seed, scale, *more)}. What a seed found is kept until the arguments change, or
-    the script does, up to the section that puts the answer together."""
+    """{seed: run_seed(folder, seed, scale, *more)}; args.made_with: the commits and machines of these. What a
+    seed found is kept until the arguments change, or the script does, up to the section that puts the answer
+    together: in a file of its own, which another machine takes for its own run of that seed."""
     assert len(set(args.seeds)) == len(args.seeds) in (1, *T_95), "--seeds: 1 to 10 different ones"
     os.chdir(ROOT)
     torch.set_num_threads(1)
     script = Path(run_seed.__code__.co_filename)
     source = script.read_text(encoding="utf-8")
     source = source[source.index("\nimport "):source.index("The answer ----")]
-    version = [hashlib.sha256(source.encode()).hexdigest(), args.scale, *more]
-    files = {seed: Path(args.runs, f"seed{seed}", f"{script.stem}_found.json") for seed in args.seeds}
-    kept = {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
-    new = [seed for seed in args.seeds if kept.get(seed, {}).get("made by") != version]
-    jobs = [(files[seed].parent, seed, args.scale, *more) for seed in new]
+    made_by = hashlib.sha256(json.dumps([source, args.scale, *more]).encode()).hexdigest()[:12]
+    files = {seed: Path(args.runs, f"seed{seed}", f"{script.stem}_{made_by}.json") for seed in args.seeds}
+    new = [seed for seed, file in files.items() if not file.exists()]
     with workers(args.jobs) as at_once:
-        for seed, found in zip(new, at_once(run_seed, jobs)):
-            kept[seed] = {"made by": version, "found": found}
-            files[seed].write_text(json.dumps(kept[seed]), encoding="utf-8")
-    return {str(seed): kept[seed]["found"] for seed in args.seeds}
+        list(at_once(keep, [(files[seed], run_seed, files[seed].parent, seed, args.scale, *more)
+                            for seed in new]))
+    kept = {str(seed): json.loads(file.read_text()) for seed, file in files.items()}
+    args.made_with = "; ".join(sorted({x["made with"] for x in kept.values()}))
+    return {seed: x["found"] for seed, x in kept.items()}
 
 
 def per_seed(seeds, *keys):
@@ -365,13 +372,14 @@ def run(doc, run_seed, answer):
     command = f"python experiments/{name}.py --seeds {' '.join(seeds)} --scale {args.scale:g}"
     method = doc[doc.index("Hypothesis"):doc.index("Command")].rstrip().splitlines()
     lines = [f"# {doc.splitlines()[0]}", "", *(f"    {line}" for line in method), "",
-             f"`{command}`, commit {commit()}, {machine()}. Mean over the "
-             "seeds and its 95 % interval (Student's t over seeds).", "",
+             f"`{command}`, {args.made_with}. Mean over the seeds and its 95 % interval (Student's t over "
+             "seeds).", "",
              *table("claim | verdict | numbers", [
                  (claim, f"**{word}**", numbers) for claim, (word, numbers) in claims.items()]),
              "", f"![{name}]({name}.png)", "", f"*{finding}*", "", *tables]
     claims = {claim: {"verdict": word, "numbers": numbers} for claim, (word, numbers) in claims.items()}
-    found = {"command": command, "commit": commit(), "claims": claims, "finding": finding, "seeds": seeds}
+    found = {"command": command, "made with": args.made_with, "claims": claims, "finding": finding,
+             "seeds": seeds}
     write_result(args.output, name, found, lines)
     picture.savefig(Path(args.output, f"{name}.png"), dpi=110, bbox_inches="tight")
     print("\n".join(lines), f"{time.time() - started:.0f} s", sep="\n")

@@ -4,18 +4,20 @@ Hypothesis  DVPO's policies are not worse than PPO's (section 5), at about 3/5 o
             Margin, fixed before the run: 0.03 of the oracle's score.
 Method      A world per seed, and in it one SFT model, one set of scored answers, and pairs of them. From the
             pairs: a reward model (PPO, GRPO, ReMax), a GVM ("DVPO, pairs"), DPO. From the reward model's
-            scores of the same answers: a GVM ("DVPO", the paper's own arm). "PPO, critic from the GVM": its
-            critic starts as the pairs' GVM. "GRPO, GVM's last value": the pairs' GVM as a reward model:
-            "DVPO, pairs" minus this arm is what token-level credit is worth. Apart, for it knows more:
-            "DVPO, oracle", whose GVM has the oracle's scores.
-            Tuning, in worlds of its own, as many tries for each arm: four learning rates, two more KL
-            coefficients (DPO: beta), two more values of another knob; a best rate at the edge of its grid
-            gets up to two more. Chosen by the oracle there. Then other worlds: final score of 32 answers per
-            held-out question; the rollouts' score where the arm's own signal (its reward or value, mean of
-            five steps) was highest; score against KL, rollouts and seconds, the training of reward model and
-            GVM included.
-            Verdicts: by the 95 % interval of the differences (Student's t over worlds) and the margin.
-            p-values are exact sign-flip tests, with Holm's correction. Times per step: arms taking turns.
+            scores of these answers: a GVM ("DVPO", the paper's own arm). "PPO, critic from the GVM": its
+            critic starts as the pairs' GVM. "GRPO, GVM's last value": the pairs' GVM as a reward model, its
+            knowledge without token-level credit. Apart, for it knows more: "DVPO, oracle", whose GVM has the
+            oracle's scores (and whose settings are those of "DVPO").
+            Tuning, in worlds of its own, alike for each arm, one knob after the other: four learning rates,
+            three KL coefficients (DPO: beta), three values of another knob; where the best of the first two
+            is at its edge, up to two values beyond. In runs of half as many steps; of the best two settings
+            the one that is better after all steps. Chosen by the oracle there.
+            Then other worlds: final score of 32 answers per held-out question; the rollouts' score after the
+            five steps whose mean own signal (reward or value) was highest; score against KL, rollouts and
+            seconds, the training of reward model and GVM and its labels included.
+            Verdicts: by the 95 % interval of the differences (Student's t over worlds) and the margin; where
+            Holm's correction of the exact sign-flip test leaves p at 0.05 or more, a difference is "not
+            decided". Times per step: arms taking turns.
 Command     python experiments/compare.py             (make compare; hours, and it can be stopped)
 Result      experiments/results/compare.json, .md and .png
 """
@@ -23,8 +25,8 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import sys
+import time
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -36,71 +38,84 @@ import train_dvpo
 from claims import minus
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-MARGIN, ROLLOUTS, WINDOW = 0.03, 60, 5                        # rollouts of a step: 12 groups of 5
-RATES, KL = [1e-5, 3e-5, 1e-4, 3e-4], {"kl_coef": [0.02, 0.15]}
-DVPO, PPO, CLIP = {"gae_lambda": [0.8, 1.0]}, {"critic_lr": [1.5e-4, 1.5e-3]}, {"clip_range": [0.1, 0.4]}
-ARMS = {   # name: (script, {flag: folder of the world}, learning rates, two knobs and their other values)
-    "DVPO": ("train_dvpo", {"gvm": "gvm_labelled"}, RATES, KL | DVPO),
-    "DVPO, pairs": ("train_dvpo", {"gvm": "gvm_pairs"}, RATES, KL | DVPO),
-    "PPO": ("baselines.ppo", {"reward_model": "reward_model"}, RATES, KL | PPO),
+MARGIN, ROLLOUTS, WINDOW = 0.03, 40, 5                        # rollouts of a step: 8 groups of 5
+# {knob: values tried}; the first value is the script's own, but for lr.
+BASE = {"lr": [1e-5, 3e-5, 1e-4, 3e-4], "kl_coef": [0.05, 0.02, 0.15]}
+DVPO, PPO = BASE | {"gae_lambda": [0.95, 0.8, 1.0]}, BASE | {"critic_lr": [5e-4, 1.5e-4, 1.5e-3]}
+GRPO = BASE | {"clip_range": [0.2, 0.1, 0.4]}
+ARMS = {   # name: (script, {flag: folder of the world}, knobs)
+    "DVPO": ("train_dvpo", {"gvm": "gvm_labelled"}, DVPO),
+    "DVPO, pairs": ("train_dvpo", {"gvm": "gvm_pairs"}, DVPO),
+    "PPO": ("baselines.ppo", {"reward_model": "reward_model"}, PPO),
     "PPO, critic from the GVM": ("baselines.ppo", {
-        "reward_model": "reward_model", "critic_init": "gvm_pairs"}, RATES, KL | PPO),
-    "GRPO": ("baselines.grpo", {"reward_model": "reward_model"}, RATES, KL | CLIP),
-    "GRPO, GVM's last value": ("baselines.grpo", {"reward_model": "gvm_as_reward"}, RATES, KL | CLIP),
-    # ReMax makes one update per step, the others four.
-    "ReMax": ("baselines.remax", {"reward_model": "reward_model"}, [3e-5, 1e-4, 3e-4, 1e-3],
-              {"kl_coef": [0.02, 0.15, 0.01, 0.3]}),
-    "DPO": ("baselines.dpo", {}, RATES, {"beta": [0.03, 0.3], "epochs": [2, 3]}),
-    "DVPO, oracle": ("train_dvpo", {"gvm": "gvm"}, RATES, KL | DVPO)}
+        "reward_model": "reward_model", "critic_init": "gvm_pairs"}, PPO),
+    "GRPO": ("baselines.grpo", {"reward_model": "reward_model"}, GRPO),
+    "GRPO, GVM's last value": ("baselines.grpo", {"reward_model": "gvm_as_reward"}, GRPO),
+    # ReMax makes one update per step, the others four. It has no third knob: more KL coefficients.
+    "ReMax": ("baselines.remax", {"reward_model": "reward_model"}, {
+        "lr": [3e-5, 1e-4, 3e-4, 1e-3], "kl_coef": [0.05, 0.01, 0.02, 0.15, 0.3]}),
+    "DPO": ("baselines.dpo", {}, {"lr": BASE["lr"], "beta": [0.1, 0.03, 0.3], "epochs": [1, 2, 3]}),
+    "DVPO, oracle": ("train_dvpo", {"gvm": "gvm"}, {})}
 EQUAL = [arm for arm in ARMS if arm != "DVPO, oracle"]
-TRAINED = {"DVPO": ["reward_model", "gvm_labelled"], "DVPO, pairs": ["gvm_pairs"], "PPO": ["reward_model"],
-           "PPO, critic from the GVM": ["reward_model", "gvm_pairs"], "GRPO": ["reward_model"],
-           "GRPO, GVM's last value": ["gvm_pairs"], "ReMax": ["reward_model"], "DPO": [],
-           "DVPO, oracle": ["gvm"]}
+TRAINED = {"DVPO": ["reward_model", "labelled", "gvm_labelled"], "DVPO, pairs": ["gvm_pairs"],
+           "PPO": ["reward_model"], "PPO, critic from the GVM": ["reward_model", "gvm_pairs"],
+           "GRPO": ["reward_model"], "GRPO, GVM's last value": ["gvm_pairs"], "ReMax": ["reward_model"],
+           "DPO": [], "DVPO, oracle": ["gvm"]}
 PARTS = ("generate", "score", "update")
 
 
 # ---- 1. A world and its runs ----
+def newer(made, source):
+    return made.exists() and made.stat().st_mtime >= source.stat().st_mtime
+
+
 @torch.no_grad()
 def label(folder, start):
-    """A data folder whose scored answers have the reward model's scores."""
-    model = AutoModelForSequenceClassification.from_pretrained(folder / "reward_model").eval()
-    tokenizer, rows = train_dvpo.load_tokenizer(str(folder / "reward_model")), []
-    for row in claims.read_lines(start["data"] / "scored.jsonl"):
+    """A data folder in which the answers of the pairs have the reward model's scores."""
+    output, source = folder / "labelled", folder / "reward_model" / "model.safetensors"
+    if newer(output / "metrics.jsonl", source):
+        return output
+    began, model = time.time(), AutoModelForSequenceClassification.from_pretrained(source.parent).eval()
+    tokenizer, pairs = train_dvpo.load_tokenizer(str(source.parent)), claims.read_lines(
+        start["data"] / "pairs.jsonl")
+    rows = [{"prompt": prompt, "response": response} for prompt, response in dict.fromkeys(
+        (row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected"))]
+    for row in rows:
         ids = evaluate.encode_conversation(model.config, tokenizer, row["prompt"], row["response"])
-        rows.append(row | {"reward": model(torch.tensor([ids])).logits.item()})
-    claims.write_lines(folder / "labelled" / "scored.jsonl", rows)
-    return folder / "labelled"
+        row["reward"] = model(torch.tensor([ids])).logits.item()
+    claims.write_lines(output / "scored.jsonl", rows)
+    claims.write_lines(output / "metrics.jsonl", [{"seconds_label": time.time() - began}])
+    return output
 
 
 def as_reward_model(folder, output):
     """The pairs' GVM as a reward model: its value at the last token, without the head's bias."""
-    if not (output / "model.safetensors").exists():
+    if not newer(output / "model.safetensors", folder / "model.safetensors"):
         gvm = AutoModelForTokenClassification.from_pretrained(folder)
         gvm.config.reward_model = {"reward_mean": 0.0, "reward_std": 1.0}
         model = AutoModelForSequenceClassification.from_config(gvm.config)
         model.base_model.load_state_dict(gvm.base_model.state_dict())
         model.score.weight.data.copy_(gvm.score.weight)
-        model.save_pretrained(output)
         train_dvpo.load_tokenizer(str(folder)).save_pretrained(output)
+        model.save_pretrained(output)
 
 
 def prepare(folder, seed, scale):
     """What the arms of a world need. Returns the flags that all have."""
     sft, start, _ = claims.base(folder, seed, scale)
-    claims.train("baselines.reward_model", folder / "reward_model", model=sft, **start)
-    claims.train("train_gvm", folder / "gvm_pairs", model=sft, supervision="pairs", **start)
-    claims.train("train_gvm", folder / "gvm_labelled", model=sft, **start | {"data": label(folder, start)})
-    claims.train("train_gvm", folder / "gvm", model=sft, **start)
+    claims.train_reward_model(folder / "reward_model", sft, start)
+    claims.train_gvm(folder / "gvm_pairs", sft, start, supervision="pairs")
+    claims.train_gvm(folder / "gvm_labelled", sft, start | {"data": label(folder, start)})
+    claims.train_gvm(folder / "gvm", sft, start)
     as_reward_model(folder / "gvm_pairs", folder / "gvm_as_reward")
     return start | {"model": sft}
 
 
-def train(output, arm, folder, start, steps, settings):
-    script, inputs, _, _ = ARMS[arm]
+def train(output, arm, folder, start, settings):
+    script, inputs, _ = ARMS[arm]
     flags = start | {flag: folder / name for flag, name in inputs.items()} | settings
     if script != "baselines.dpo":
-        flags |= {"steps": steps, "batch_size": ROLLOUTS, "micro_batch_size": 10}
+        flags |= {"batch_size": ROLLOUTS, "micro_batch_size": 10}
         flags |= {} if arm == "ReMax" else {"mini_batch_size": ROLLOUTS // 2}
     return claims.train(script, output, **flags)
 
@@ -133,15 +148,20 @@ def run_seed(folder, seed, scale, steps, jobs, samples):
     found = {"SFT": measure(sft, sft, data, samples, seed)}
     for arm, tries in jobs.items():
         for settings in tries:
+            settings = settings if arm == "DPO" else {"steps": steps} | settings
             words = "_".join(f"{name}{value:g}" for name, value in settings.items())
-            run = train(folder / f"{file_name(arm)}_{steps}_{words}", arm, folder, start, steps, settings)
+            try:
+                run = train(folder / f"{file_name(arm)}_{words}", arm, folder, start, settings)
+            except SystemExit:                                # not finite: the lowest score
+                found.setdefault(arm, []).append({"oracle": -1.0})
+                continue
             record = measure(run, sft, data, samples, seed)
             record |= {"seconds": seconds(run), "before": sum(seconds(folder / x) for x in TRAINED[arm])}
             if arm != "DPO":
                 rows = claims.read_lines(run / "metrics.jsonl")
-                record |= {"curve": [mean(x) for x in claims.by_step(run, claims.score)],
-                           "signal": [row.get("reward", row.get("value")) for row in rows],
-                           "curve_kl": [row["kl"] for row in rows]}
+                record |= {"curve": [round(mean(x), 4) for x in claims.by_step(run, claims.score)],
+                           "signal": [round(row.get("reward", row.get("value")), 4) for row in rows],
+                           "curve_kl": [round(row["kl"], 3) for row in rows]}
             found.setdefault(arm, []).append(record)
     return found
 
@@ -157,44 +177,50 @@ def file_name(arm):
 
 
 # ---- 2. Tuning ----
-def tune(args, steps):
-    """{arm: its best settings}, {arm: [[settings, the oracle's score in each world], ...]}."""
-    worlds, tried = argparse.Namespace(**vars(args) | {"seeds": args.sweep_seeds}), {arm: [] for arm in ARMS}
+def tune(args, sweep_steps, steps):
+    """{arm: its best settings}, {arm: [[settings, steps, the oracle's score in each world], ...]}."""
+    worlds, tried = argparse.Namespace(**vars(args) | {"seeds": args.sweep_seeds}), {arm: [] for arm in EQUAL}
 
-    def try_all(jobs):
-        found = claims.over_seeds(run_seed, worlds, steps, jobs, 4)
+    def try_all(jobs, steps):
+        found = claims.over_seeds(run_seed, worlds, steps, jobs, 4) if any(jobs.values()) else {}
         for arm, tries in jobs.items():
             for i, settings in enumerate(tries):
-                tried[arm].append([settings, [seed[arm][i]["oracle"] for seed in found.values()]])
+                tried[arm].append([settings, steps, [seed[arm][i]["oracle"] for seed in found.values()]])
 
-    def best(arm):
-        return max(tried[arm], key=lambda x: mean(x[1]))[0]
+    def ranked(arm, steps):
+        tries = [x for x in tried[arm] if x[1] == steps]
+        return [settings for settings, *_ in sorted(tries, key=lambda x: -mean(x[2]))]
 
-    try_all({arm: [{"lr": rate} for rate in rates] for arm, (_, _, rates, _) in ARMS.items()})
-    for _ in range(2):                                        # no best rate at the edge, if more can help it
-        rates = {arm: sorted(settings["lr"] for settings, _ in tries) for arm, tries in tried.items()}
-        more = {arm: [{"lr": best(arm)["lr"] * (3 if best(arm)["lr"] == rates[arm][-1] else 1 / 3)}]
-                for arm in ARMS if best(arm)["lr"] in (rates[arm][0], rates[arm][-1])}
-        if more:
-            try_all(more)
-    for number in (0, 1):                                     # then the first knob, then the second
-        pairs = {arm: [(name, value) for name, values in knobs.items() for value in values]
-                 for arm, (_, _, _, knobs) in ARMS.items()}
-        try_all({arm: [best(arm) | {name: value} for name, value in each[2 * number:2 * number + 2]]
-                 for arm, each in pairs.items()})
-    return {arm: best(arm) for arm in ARMS}, tried
+    for number in range(3):                                   # a knob after the other
+        for beyond in range(3 if number < 2 else 1):          # and beyond the edge, where that is best
+            jobs = {}
+            for arm in EQUAL:
+                name, values = [*ARMS[arm][2].items(), (None, []), (None, [])][number]
+                so_far = ranked(arm, sweep_steps)
+                best = so_far[0] if so_far else {knob: x[0] for knob, x in ARMS[arm][2].items()}
+                if beyond and name:
+                    seen = [settings[name] for settings in so_far]
+                    values = {min(seen): [min(seen) / 3], max(seen): [max(seen) * 3]}.get(best[name], [])
+                tries = [best | {name: value} for value in values]
+                jobs[arm] = [settings for settings in tries if settings not in so_far]
+            try_all(jobs, sweep_steps)
+    try_all({arm: ranked(arm, sweep_steps)[:2] for arm in EQUAL}, steps)
+    args.made_with = worlds.made_with
+    chosen = {arm: ranked(arm, steps)[0] for arm in EQUAL}
+    return chosen | {"DVPO, oracle": chosen["DVPO"]}, tried
 
 
 # ---- 3. Times ----
-def step_times(folder, runs, rounds, chosen):
+def step_times(args, chosen):
     """{arm: {"generate", "score", "update", "total": median seconds of a step}}, arms taking turns."""
+    folder, times = Path(args.runs, f"seed{args.seeds[0]}"), {}
+    start = prepare(folder, args.seeds[0], args.scale)
     torch.set_num_threads(os.cpu_count())
-    times = {arm: [] for arm in ("DVPO, pairs", "PPO", "GRPO", "ReMax")}
-    for number in range(rounds):
-        for arm in times:
-            output = train(runs / f"{file_name(arm)}_{number}", arm, folder,
-                           {"data": folder / "data", "model": folder / "sft", "seed": number}, 8, chosen[arm])
-            times[arm] += claims.read_lines(output / "metrics.jsonl")[1:]      # the first step warms up
+    for number in range(args.rounds):
+        for arm in ("DVPO, pairs", "PPO", "GRPO", "ReMax"):
+            output = train(Path(args.runs, "times", f"{file_name(arm)}_{number}"), arm, folder,
+                           start | {"seed": number}, chosen[arm] | {"steps": 8})
+            times.setdefault(arm, []).extend(claims.read_lines(output / "metrics.jsonl")[1:])   # 1 warms up
     return {arm: {part: median(row[f"seconds_{part}"] for row in rows) for part in PARTS} |
             {"total": median(sum(row[f"seconds_{part}"] for part in PARTS) for row in rows)}
             for arm, rows in times.items()}
@@ -216,14 +242,14 @@ def holm(ps):
     return corrected
 
 
-def verdict(differences):
-    """In words, by the 95 % interval and the margin."""
+def verdict(differences, p):
+    """In words, by the 95 % interval, the corrected p-value and the margin."""
     _, low, high = claims.interval(differences)
-    if low > 0 or high < 0:
+    if p < 0.05 and (low > 0 or high < 0):
         return "better" if low > 0 else "worse"
     if low > -MARGIN:
         return f"equal within {MARGIN}" if high < MARGIN else f"not worse by more than {MARGIN}"
-    return "not decided"
+    return f"not better by more than {MARGIN}" if high < MARGIN else "not decided"
 
 
 def smooth(x):
@@ -237,10 +263,11 @@ def drawdown(record):
 
 
 def stopped(record):
-    """The curve where the arm's own signal, mean of WINDOW steps, was highest: (step, score)."""
-    signal, curve = smooth(record["signal"]), smooth(record["curve"])
-    step = max(range(len(signal)), key=signal.__getitem__)
-    return step + WINDOW, curve[step]
+    """(step where the arm's own signal, mean of WINDOW steps, was highest; score of the WINDOW steps after
+    it: luck has had a part in choosing those)."""
+    signal, curve = smooth(record["signal"])[:-WINDOW], smooth(record["curve"])
+    best = max(range(len(signal)), key=signal.__getitem__)
+    return best + WINDOW, curve[best + WINDOW]
 
 
 def report(results, per_seed):
@@ -257,10 +284,11 @@ def report(results, per_seed):
         rows.append([arm, settings, scores, minus(scores, sft), per_seed(arm, "wins"), per_seed(arm, "kl"),
                      per_seed(arm, "length"), *early, f"{total:.0f}", f"{step['total']:.2f}" if step else ""])
     lines += claims.table("arm | settings | oracle score | gain over SFT | win rate over SFT | KL, nats | "
-                          "length | own signal's best step | rollouts' score there | seconds in all | "
+                          "length | own signal's best step | rollouts' score after it | seconds in all | "
                           "seconds a step", [
                               ["SFT", "", sft, "", "", "0", per_seed("SFT", "length"), *[""] * 4], *rows])
-    lines += ["", "## Stability (Appendix F)", "", *claims.table(
+    lines += ["", "## Stability (Appendix F)", "", "The rollouts of GRPO's steps are of 8 "
+              "prompts, the other arms' of 40: part of its falls is the prompts'.", "", *claims.table(
         "arm | deepest fall of the rollouts' score | deviation of the final score over worlds", [
             [arm, [drawdown(seed[arm]) for seed in results["seeds"].values()],
              f"{stdev(per_seed(arm, 'oracle')):.3f}" if len(sft) > 1 else ""]
@@ -271,12 +299,14 @@ def report(results, per_seed):
         corrected = holm({arm: sign_flips(x) for arm, x in differences.items()})
         lines += ["", f"## Minus {rival}, world by world", "", *claims.table(
             "arm | difference | verdict | p, Holm's correction", [
-                [arm, x, f"**{verdict(x)}**", f"{corrected[arm]:.3f}"] for arm, x in differences.items()])]
-    lines += ["", "## Tuning", "", f"Worlds {results['sweep_seeds']}, {results['sweep_steps']} steps; mean "
-              "of the oracle's scores there.", "", *claims.table("arm | tries", [
-                  [arm, "; ".join(", ".join(f"{name} {value:g}" for name, value in settings.items())
-                                  + f": {mean(scores):.3f}" for settings, scores in tries)]
-                  for arm, tries in results["tried"].items()])]
+                [arm, x, f"**{verdict(x, corrected[arm])}**", f"{corrected[arm]:.3f}"]
+                for arm, x in differences.items()])]
+    tries = [[arm, "; ".join(", ".join(f"{name} {value:g}" for name, value in settings.items())
+                             + f": {mean(scores):.3f}" for settings, _, scores in tries)]
+             for arm, tries in results["tried"].items()]
+    lines += ["", "## Tuning", "", f"Worlds {results['sweep_seeds']}; mean of the oracle's scores there. "
+              f"{results['sweep_steps']} steps, the last two {results['steps']}.", "",
+              *claims.table("arm | tries", tries)]
     return lines
 
 
@@ -315,20 +345,20 @@ def main():
     steps, sweep_steps = claims.steps(args.scale, args.steps), claims.steps(args.scale, args.sweep_steps)
     chosen, tried = {arm: {"lr": 1e-4} for arm in ARMS}, {}
     if args.sweep_seeds:
-        chosen, tried = tune(args, sweep_steps)
-    jobs = {arm: [settings] for arm, settings in chosen.items()}
+        chosen, tried = tune(args, sweep_steps, steps)
+    tuned_with, jobs = getattr(args, "made_with", ""), {arm: [settings] for arm, settings in chosen.items()}
     seeds = {seed: {name: x[0] if name in ARMS else x for name, x in found.items()}
              for seed, found in claims.over_seeds(run_seed, args, steps, jobs, args.samples).items()}
-    runs = Path(args.runs)
     command = " ".join(["python experiments/compare.py", *sys.argv[1:]])
-    results = {"command": command, "commit": claims.commit(),
-               "machine": f"{platform.machine()}, {os.cpu_count()} cores", "steps": steps, "chosen": chosen,
-               "sweep_steps": sweep_steps, "sweep_seeds": args.sweep_seeds, "tried": tried, "seeds": seeds,
-               "step_seconds": step_times(runs / f"seed{args.seeds[0]}", runs / "times", args.rounds, chosen)}
+    results = {"command": command, "tuned with": tuned_with, "made with": args.made_with, "steps": steps,
+               "chosen": chosen, "sweep_steps": sweep_steps, "sweep_seeds": args.sweep_seeds, "tried": tried,
+               "seeds": seeds, "times with": f"commit {claims.commit()}, {claims.machine()}",
+               "step_seconds": step_times(args, chosen)}
     about = __doc__[__doc__.index("Hypothesis"):__doc__.index("Command")].rstrip().splitlines()
     lines = [f"# {__doc__.splitlines()[0]}", "", *(f"    {line}" for line in about), "",
-             f"`{results['command']}`, commit {results['commit']}, {results['machine']}. {steps} steps of "
-             f"{ROLLOUTS} rollouts. Mean over the worlds and its 95 % interval (Student's t).", "",
+             f"`{results['command']}`, {results['made with']}; tuned with {tuned_with or 'nothing'}; times "
+             f"with {results['times with']}. {steps} steps of {ROLLOUTS} rollouts. Mean over the "
+             "worlds and its 95 % interval (Student's t).", "",
              *report(results, lambda *keys: claims.per_seed(seeds, *keys)), "", "![compare](compare.png)"]
     claims.write_result(args.output, "compare", results, lines)
     draw(seeds, steps).savefig(Path(args.output, "compare.png"), dpi=110, bbox_inches="tight")

@@ -1,5 +1,7 @@
 """experiments/compare.py: its bookkeeping against known answers, and the whole of it with almost nothing."""
+import argparse
 import json
+import math
 import shutil
 import sys
 
@@ -24,31 +26,59 @@ def test_sign_flips_and_holm():
     (0.1, 0.01, "better"), (-0.1, 0.01, "worse"), (0.0, 0.005, "equal within 0.03"), (0.02, 0.04, "not worse by more than 0.03"),
     (0.0, 0.2, "not decided")])
 def test_verdicts(centre, spread, word):
-    assert compare.verdict([centre - spread, centre + spread, centre, centre - spread / 2, centre + spread / 2]) == word
+    differences = [centre - spread, centre + spread, centre, centre - spread / 2, centre + spread / 2]
+    assert compare.verdict(differences, 0.04) == word
+    assert compare.verdict(differences, 0.05) == {"better": "not worse by more than 0.03", "worse": "not better by more than 0.03"}.get(word, word)
 
 
 def test_the_arm_s_own_signal_says_where_to_stop():
-    record = {"signal": [0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 0, 0], "curve": [float(i) for i in range(12)]}
-    assert compare.stopped(record) == (10, 7.0)                                # the mean of steps 6 to 10 (5.0 ... 9.0)
+    record = {"signal": [0] * 5 + [5] * 5 + [0] * 6, "curve": [float(i) for i in range(16)]}
+    assert compare.stopped(record) == (10, 12.0)                               # best in steps 6 to 10; 10.0 ... 14.0 follow
     assert compare.drawdown(record) == 0 and compare.drawdown({"curve": [0.0] * 5 + [5.0] * 5 + [2.0] * 5 + [9.0] * 5}) == 3
 
 
 def test_every_arm_s_flags_are_its_script_s(monkeypatch, tmp_path):
-    """The flags of every try are fields of Args, fit one process, and give every online arm as many rollouts."""
+    """The flags of every try are fields of Args, fit one process, and give every online arm as many rollouts. Of each knob
+    the first value is the script's own; each arm has as many values."""
     asked = []
     monkeypatch.setattr(claims, "train", lambda script, output, **flags: asked.append((script, flags)))
-    for arm, (_, _, rates, knobs) in compare.ARMS.items():
-        pairs = [(name, value) for name, values in knobs.items() for value in values]
-        assert len(rates) == len(pairs) == 4                   # as many tries for each arm
-        for settings in [{"lr": rate} for rate in rates] + [{name: value} for name, value in pairs]:
-            compare.train(tmp_path, arm, tmp_path, {"data": tmp_path, "seed": 1, "model": "m"}, 50, settings)
+    for arm in compare.EQUAL:
+        knobs = compare.ARMS[arm][2]
+        assert sum(map(len, knobs.values())) - (len(knobs) - 1) == 8
+        for settings in [{name: value} for name, values in knobs.items() for value in values]:
+            compare.train(tmp_path, arm, tmp_path, {"data": tmp_path, "seed": 1, "model": "m"}, settings | (
+                {} if arm == "DPO" else {"steps": 50}))
     rollouts = set()
     for name, flags in asked:
         module = script(next(key for key, path in SCRIPTS.items() if path == f"{name.replace('.', '/')}.py"))
         args = module.Args(**flags)
         module.start_accelerator(args, getattr(args, "mini_batch_size", args.batch_size))
         rollouts.add(args.steps * args.batch_size if hasattr(args, "steps") else None)
-    assert rollouts == {50 * 60, None} and len(asked) == 8 * 9
+    assert rollouts == {50 * compare.ROLLOUTS, None}
+    for arm in compare.EQUAL:
+        name, _, knobs = compare.ARMS[arm]
+        module = script(next(key for key, path in SCRIPTS.items() if path == f"{name.replace('.', '/')}.py"))
+        for knob, values in list(knobs.items())[1:]:
+            assert getattr(module.Args(data="d", model="m"), knob) == values[0], (arm, knob)
+
+
+def test_tuning_takes_a_knob_after_the_other_and_goes_beyond_the_edge(monkeypatch):
+    """The best of a made-up score, at lr 3e-5, KL 0.45 and gae_lambda 0.8, is found; of the last two the one that is better
+    after all steps."""
+    def made_up(settings, steps):
+        return sum(-abs(math.log(settings[name] / goal)) for name, goal in (("lr", 3e-5), ("kl_coef", 0.45))) - abs(
+            settings["gae_lambda"] - (0.8 if steps == 60 else 0.95))
+
+    def over_seeds(run_seed, args, steps, jobs, samples):
+        args.made_with = "commit x"
+        return {str(seed): {arm: [{"oracle": made_up(settings, steps)} for settings in tries] for arm, tries in jobs.items()}
+                for seed in args.seeds}
+
+    monkeypatch.setattr(claims, "over_seeds", over_seeds)
+    monkeypatch.setattr(compare, "EQUAL", ["DVPO"])
+    chosen, tried = compare.tune(argparse.Namespace(sweep_seeds=[1, 2]), 60, 120)
+    assert chosen["DVPO"] == chosen["DVPO, oracle"] == {"lr": 3e-5, "kl_coef": pytest.approx(0.45), "gae_lambda": 0.95}
+    assert [steps for _, steps, _ in tried["DVPO"]] == [60] * (4 + 2 + 2 + 2) + [120, 120]   # 0.45, then 1.35
 
 
 def test_a_value_model_as_a_reward_model(runs, tmp_path):
@@ -69,30 +99,29 @@ def test_seeds_that_prove_nothing_are_refused(flags, tmp_path, monkeypatch):
 
 
 def test_it_runs_through(world, tmp_path, monkeypatch, capsys):
-    """Two arms, one rate each and a knob, in a world of their own; the best settings are used for the seed."""
+    """One learning rate and what is beyond it, in a world of its own; the best is used for the seed."""
     for seed in (20, 21):
         for part in ("base", "data"):
             shutil.copytree(world / part, tmp_path / "runs" / f"seed{seed}" / part)
-    few = {"train_dvpo": {"steps": 6}, "baselines.ppo": {"steps": 6}, "baselines.grpo": {"steps": 6}, "baselines.remax": {"steps": 6}}
-    train = claims.train
-    monkeypatch.setattr(claims, "train", lambda script, output, **flags: train(script, output, **flags | few.get(script, {"epochs": 1}) | (
-        {"max_response_length": 8, "batch_size": 20} | ({} if "remax" in script else {"mini_batch_size": 10, "micro_batch_size": 10}) if script in few else {})))
-    monkeypatch.setattr(compare, "ARMS", {arm: (script, inputs, [1e-4], {name: values[:1] for name, values in knobs.items()})
-                                          for arm, (script, inputs, _, knobs) in compare.ARMS.items()
-                                          if arm not in ("PPO, critic from the GVM", "GRPO, GVM's last value")})
-    monkeypatch.setattr(compare, "EQUAL", [arm for arm in compare.ARMS if arm != "DVPO, oracle"])
-    monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "21", "--sweep_seeds", "20", "--steps", "120", "--rounds", "1", "--jobs", "1", "--scale",
+    train, small = claims.train, {"max_response_length": 8, "batch_size": 20}
+    monkeypatch.setattr(claims, "train", lambda script, output, **flags: train(script, output, **flags | (
+        {"epochs": 1} if "steps" not in flags else small if "remax" in script else small | {"mini_batch_size": 10})))
+    monkeypatch.setattr(compare, "ARMS", {arm: (script, inputs, {"lr": [1e-4]} if knobs else {})
+                                          for arm, (script, inputs, knobs) in compare.ARMS.items()})
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "21", "--sweep_seeds", "20", "--steps", "240", "--sweep_steps", "40", "--rounds", "1", "--jobs", "1", "--scale",
                                       "0.05", "--samples", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)])
     monkeypatch.setattr("os.cpu_count", lambda: 1)             # threads: it leaves as many as it finds here
     monkeypatch.chdir(ROOT)
     compare.main()
     results, page = json.loads((tmp_path / "compare.json").read_text()), (tmp_path / "compare.md").read_text()
     for arm, tries in results["tried"].items():
-        best = max(tries, key=lambda x: x[1][0])
-        assert results["chosen"][arm] == best[0] and len(tries) >= 4           # a rate, two beyond the edge, a knob
+        best = max((x for x in tries if x[1] == results["steps"]), key=lambda x: x[2][0])
+        assert results["chosen"][arm] == best[0]
     assert set(results["step_seconds"]) == {"DVPO, pairs", "PPO", "GRPO", "ReMax"}
-    assert len(results["seeds"]["21"]["PPO"]["curve"]) == len(results["seeds"]["21"]["PPO"]["signal"]) == 6
-    assert page.count("\n| DVPO, pairs |") == 4 and page.count("\n| DVPO, oracle |") == 3 and (tmp_path / "compare.png").exists()
+    assert len(results["seeds"]["21"]["PPO"]["curve"]) == len(results["seeds"]["21"]["PPO"]["signal"]) == 12
+    assert page.count("\n| DVPO, pairs |") == 4 and page.count("\n| DVPO, oracle |") == 2 and (tmp_path / "compare.png").exists()
     labelled = [json.loads(line) for line in (tmp_path / "runs" / "seed21" / "labelled" / "scored.jsonl").read_text().splitlines()]
-    scored = [json.loads(line) for line in (tmp_path / "runs" / "seed21" / "data" / "scored.jsonl").read_text().splitlines()]
-    assert [row["response"] for row in labelled] == [row["response"] for row in scored] and labelled[0]["reward"] != scored[0]["reward"]
+    pairs = [json.loads(line) for line in (tmp_path / "runs" / "seed21" / "data" / "pairs.jsonl").read_text().splitlines()]
+    answers = [row[side] for row in pairs for side in ("chosen", "rejected")]
+    assert len(labelled) == len({(row["prompt"], row["response"]) for row in labelled}) > 90
+    assert {row["response"] for row in labelled} == set(answers) and len({row["reward"] for row in labelled}) > 90
