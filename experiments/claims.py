@@ -10,7 +10,7 @@ import hashlib
 import importlib
 import itertools
 import json
-import multiprocessing
+import multiprocessing.connection
 import operator
 import os
 import platform
@@ -18,6 +18,7 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -253,11 +254,20 @@ def parser(doc, seeds=(21, 22, 23, 24, 25), runs="runs/claims"):
     return parser
 
 
+def start_worker():
+    """One thread; and an end with the parent: the workers of an experiment that is killed would go on."""
+    def end():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+    torch.set_num_threads(1)
+    threading.Thread(target=end, daemon=True).start()
+
+
 @contextmanager
 def workers(jobs):
     """Like itertools.starmap (a list of calls), with `jobs` calls at a time, each in a process of its own."""
     spawn = multiprocessing.get_context("spawn")
-    pools = ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) if jobs > 1 else nullcontext()
+    pools = ProcessPoolExecutor(jobs, spawn, start_worker) if jobs > 1 else nullcontext()
     with pools as pool:
         yield lambda function, calls: (pool.map(function, *zip(*calls)) if pool and calls
                                        else itertools.starmap(function, calls))

@@ -4,14 +4,15 @@ Hypothesis  With lambda < 1 a reward reaches about 1 / (1 - lambda) tokens back 
             0.95, twenty. So 0.95 is right for short answers, and the longer they are, the nearer to 1 lambda
             has to be. VAPO (arXiv 2504.05118) pretrains with 1 and takes 1 - 1 / (0.05 T) for the policy.
 Method      One world per seed. Longer answers: 1, 4 or 10 questions of Atlas in one prompt, answered in turn
-            by the same behaviour policy (about 20, 80 and 200 tokens); the score is the mean of their scores,
-            all of it at the last token. GVMs from the SFT model of single questions, two passes over about as
-            many tokens of each length, with each lambda. The true Q of a prefix is known: what is answered
-            has its score, the half-written answer and those to come have their true values under the policy
-            that writes. Measured on held-out prompts: squared error in thirds of the answer, as a share of
-            the true Q's variance there, and pair accuracy of the mean value (random pairs of answers to one
-            prompt). Policy: DVPO on four questions a prompt, from an SFT model of such answers, with two of
-            the GVMs and three gae_lambda; mean true score of the rollouts of the last five steps.
+            by the same behaviour policy (about 20, 80 and 200 tokens); the score is the mean of their
+            scores, all of it at the last token. GVMs from the SFT model of single questions, two passes over
+            about as many tokens of each length, in about as many updates, with each lambda. The true Q of a
+            prefix is known: what is answered has its score, the half-written answer and those to come have
+            their true values under the policy that writes. Measured on held-out prompts: squared error in
+            thirds of the answer, as a share of the true Q's variance there, and pair accuracy of the mean
+            value (random pairs of answers to one prompt). Policy: DVPO on four questions a prompt, from an
+            SFT model of such answers, with two of the GVMs and three gae_lambda; mean true score of the
+            rollouts of the last five steps.
 Command     python experiments/horizon.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/horizon.json, .md, .png
 """
@@ -109,7 +110,7 @@ def run_seed(folder, seed, scale):
         for td_lambda in LAMBDAS:
             value = td_lambda if td_lambda in LAMBDAS[:-1] else max(0.0, 1 - 1 / (0.05 * tokens[k]))
             gvm = claims.train_gvm(folder / f"horizon_gvm_{k}_{value:.3g}", sft, start, data=data,
-                                   td_lambda=value, max_length=512)
+                                   td_lambda=value, max_length=512, batch_size=max(2, 16 // k))
             gvms[k, td_lambda] = gvm
             found.setdefault(str(k), {})[str(td_lambda)] = measure(gvm, held_out, tokenizer)
     data, policy = folder / "horizon_data_4", {}

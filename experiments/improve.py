@@ -6,15 +6,17 @@ Hypothesis  A frozen GVM errs most on the policy's own answers (shift.py). So th
             better, keeps what was gained.
 Method      A world per seed. Labels are preferences, the same for all: "data" is its pairs; in "own" a third
             of them are replaced with pairs of the SFT model's own answers to the same prompts, which the
-            oracle labels. From each: a GVM (--supervision pairs) for DVPO, a reward model for PPO; 60 steps
-            of 64 rollouts, KL coefficient 0.05 or 0.3. Two more GVMs of the data's pairs, in other orders.
-            Stops: the step whose rollouts have the highest last value, mean of five steps: by the GVM that
-            guides, or by the mean of three GVMs minus their standard deviation. The true score there is
-            compared with that of the last five steps.
+            oracle labels; in both, answers of equal score make no pair. From each: a GVM (--supervision
+            pairs) for DVPO, a reward model for PPO; 60 steps of 64 rollouts, KL coefficient 0.05 or 0.3. Two
+            more GVMs of the data's pairs, in other orders.
+            Stops: after the five steps whose rollouts have the highest mean last value: by the GVM that
+            guides, or by the mean of three GVMs minus their standard deviation. The true score of the five
+            steps after them (luck has a part in choosing the five) is compared with that of the last five.
 Command     python experiments/improve.py --seeds 21 22 23 24 25
 Result      experiments/results/improve.json, .md, .png
 """
 import random
+from itertools import combinations
 from statistics import mean, pstdev
 
 import claims                                                 # first: it finds the project's root
@@ -29,8 +31,8 @@ NAMES = [f"{method}, {labels}, {kl:g}"
 
 # ---- 1. One seed ----
 def own_pairs(sft, pairs, seed):
-    """As many pairs of the policy's own answers to the prompts of these pairs, as far as two of eight answers
-    differ in score."""
+    """As many pairs of the policy's own answers, eight to each of the prompts of these pairs; drawn at random
+    from all that differ in score, as those are."""
     torch.manual_seed(seed)
     policy, tokenizer = claims.load_policy(sft)
     prompts, found = sorted({row["prompt"] for row in pairs}), []
@@ -39,8 +41,8 @@ def own_pairs(sft, pairs, seed):
         scored = sorted({(claims.score({"prompt": prompt, "response": text}), text)
                          for text in said[i::len(prompts)] if text})
         found += [{"prompt": prompt, "chosen": good, "rejected": bad, "policy_chosen": "sft",
-                   "policy_rejected": "sft"}                  # the worst and the best, the second worst ...
-                  for (low, bad), (high, good) in zip(scored, scored[::-1]) if low < high]
+                   "policy_rejected": "sft"}
+                  for (low, bad), (high, good) in combinations(scored, 2) if low < high]
     return random.Random(seed).sample(found, min(len(found), len(pairs)))
 
 
@@ -55,10 +57,10 @@ def signals(run, gvms):
 
 
 def stop(curve, signal):
-    """(last step, true score) of the WIDTH steps whose mean signal is highest."""
-    ends = range(min(WIDTH, len(curve)), len(curve) + 1)
+    """(last of the WIDTH steps whose mean signal is highest, true score of the WIDTH steps after them)."""
+    ends = range(min(WIDTH, len(curve) - 1), max(WIDTH, len(curve) - WIDTH) + 1)
     end = max(ends, key=lambda end: mean(signal[max(0, end - WIDTH):end]))
-    return end, mean(curve[max(0, end - WIDTH):end])
+    return end, mean(curve[end:end + WIDTH])
 
 
 def run_seed(folder, seed, scale):
@@ -74,8 +76,9 @@ def run_seed(folder, seed, scale):
     runs, found, guides = {}, {}, {}
     for labels, pairs_of in data.items():
         flags = start | {"data": pairs_of}
-        guides[labels] = claims.train_gvm(folder / f"improve_gvm_{labels}", sft, flags, supervision="pairs")
-        reward_model = claims.train_reward_model(folder / f"improve_rm_{labels}", sft, flags)
+        which = "" if labels == "data" else "_own"
+        guides[labels] = claims.train_gvm(folder / f"gvm_pairs{which}", sft, flags, supervision="pairs")
+        reward_model = claims.train_reward_model(folder / f"reward_model{which}", sft, flags)
         for kl in KL:
             name = f"{labels}_{kl:g}"
             runs[f"DVPO, {labels}, {kl:g}"] = claims.train("train_dvpo", folder / f"improve_dvpo_{name}",
@@ -88,7 +91,7 @@ def run_seed(folder, seed, scale):
     for name, run in runs.items():
         curve = [mean(x) for x in claims.by_step(run, claims.score)]
         found[name] = judged[run.name] | {"curve": curve, "last": mean(curve[-WIDTH:])}
-        if name.startswith("DVPO, data"):
+        if name == "DVPO, data, 0.05":
             found[name]["stops"] = [stop(curve, signal) for signal in signals(run, gvms)]
     return found | {"own pairs": len(own) / third}
 

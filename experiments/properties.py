@@ -9,14 +9,17 @@ Method      One world per seed.
             completions. Variance over policies, prefix by prefix, against the variance over prefixes.
             Generality: the GVM of the demo's SFT model guides DVPO of that model, of an SFT model from
             another random start, and of a smaller one (64 hidden units, 2 layers); gain in true score of
-            each. Improvement: the first of these runs in blocks of ten steps; a decline is a block whose mean
-            true score (640 rollouts) is lower than the one before; by more than two standard errors: a clear
-            one. Variance: 256 rollouts of the SFT model, and the gradient that each gives of Eq. (2) at ratio
-            1, with whitened advantages: token-level (gae), token-level (q), one number per answer (the GVM's
-            last value). Noise: trace of the gradients' covariance over the squared length of their mean.
+            each, against that with a GVM made from that model. Improvement: the first of these runs in
+            blocks of ten steps; a decline is a block whose mean true score (640 rollouts) is lower than the
+            one before; by more than two standard errors: a clear one. Variance: 1,024 rollouts of the SFT
+            model, and the gradient that each gives of Eq. (2) at ratio 1, with whitened advantages: token-
+            level (gae), token-level (q), and one number per answer, the GVM's last value or that minus its
+            value of the prompt. Noise: trace of the gradients' covariance over the squared length of the
+            true gradient (product of two halves' means), as a logarithm to base 10.
 Command     python experiments/properties.py --seeds 21 22 23 24 25
 Result      experiments/results/properties.json, .md, .png
 """
+from itertools import product
 from statistics import mean, pvariance, stdev
 
 import claims                                                 # first: it finds the project's root
@@ -26,8 +29,8 @@ import torch
 import train_dvpo
 from claims import minus
 
-PREFIXES, COMPLETIONS, ROLLOUTS, BLOCK = 100, 200, 256, 10
-KINDS = ("token-level, gae", "token-level, q", "one number per answer")
+PREFIXES, COMPLETIONS, ROLLOUTS, BLOCK = 100, 200, 1024, 10
+KINDS = ("token-level, gae", "token-level, q", "the last value", "the last value - the prompt's")
 
 
 # ---- 1. One seed ----
@@ -49,7 +52,8 @@ def invariance(rows, tokenizer, n):
 
 
 def noise(sft, gvm, prompts):
-    """{kind: trace of the covariance of single rollouts' gradients / squared length of their mean}."""
+    """{kind: log10 of the trace of the covariance of single rollouts' gradients / squared length of the true
+    gradient}."""
     policy, tokenizer = claims.load_policy(sft)
     torch.manual_seed(1)
     said = claims.answers(policy, tokenizer, prompts)
@@ -60,22 +64,25 @@ def noise(sft, gvm, prompts):
         advantages[KINDS[0]].append(gae[0, 1:])
         advantages[KINDS[1]].append(q[1:])
         advantages[KINDS[2]].append(q[-1].expand(len(q) - 1))
+        advantages[KINDS[3]].append((q[-1] - q[0]).expand(len(q) - 1))
     found, parameters = {}, list(policy.parameters())
     for kind, each in advantages.items():
-        every, gradients = torch.cat(each), []
-        for sequence, advantage in zip(said, each):
+        every, squares, halves = torch.cat(each), 0.0, [0.0, 0.0]
+        for i, (sequence, advantage) in enumerate(zip(said, each)):
             ids, is_response, _ = train_dvpo.collate([sequence], 0)
             logp = train_dvpo.token_logp(policy, ids, is_response)[is_response]
             loss = -(logp * (advantage - every.mean()) / every.std()).sum()
-            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
-        gradients = torch.stack(gradients)
-        found[kind] = (gradients.var(0).sum() / gradients.mean(0).square().sum()).item()
+            gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+            squares, halves[i % 2] = squares + gradient @ gradient, halves[i % 2] + gradient
+        signal = 4 * halves[0] @ halves[1] / len(said) ** 2   # without the noise that a mean's own square has
+        trace = squares / len(said) - (sum(halves) / len(said)).square().sum()
+        found[kind] = (trace / signal.abs()).log10().item()
     return found
 
 
 def run_seed(folder, seed, scale):
     sft, start, online = claims.base(folder, seed, scale)
-    gvm, gains, blocks = claims.train_gvm(folder / "gvm", sft, start), {}, []
+    gvm, gains, own, blocks = claims.train_gvm(folder / "gvm", sft, start), {}, {}, []
     policies = {"its own SFT model": sft}
     others = {"another start": (128, 3, seed + 1000), "a smaller one": (64, 2, seed)}
     for name, (hidden, layers, base_seed) in others.items():
@@ -84,10 +91,16 @@ def run_seed(folder, seed, scale):
             atlas.write_base_model(base, base_seed, hidden, layers)
         policies[name] = claims.train("sft", base.with_name(f"{base.name}_sft"), model=base, **start)
     for name, policy in policies.items():
-        run = claims.train("train_dvpo", folder / f"properties_dvpo_{name.split()[-1]}",
-                           **online | {"model": policy, "gvm": gvm})
-        found = claims.judge(folder / "properties.log", policy, [run], start)
-        gains[name] = found[run.name]["score"] - found[policy.name]["score"]
+        which, runs = name.split()[-1], [folder / "dvpo"]
+        if name in others:
+            mine = claims.train_gvm(folder / f"properties_gvm_{which}", policy, start)
+            runs = [claims.train("train_dvpo", folder / f"properties_dvpo_{which}_own",
+                                 **online | {"model": policy, "gvm": mine}),
+                    folder / f"properties_dvpo_{which}"]
+        run = claims.train("train_dvpo", runs[-1], **online | {"model": policy, "gvm": gvm})
+        found = claims.judge(folder / "properties.log", policy, runs, start)
+        gains[name], own[name] = (found[x.name]["score"] - found[policy.name]["score"]
+                                  for x in (run, runs[0]))
         if not blocks:
             scores = claims.by_step(run, claims.score)
             for i in range(0, len(scores) - len(scores) % BLOCK or 1, BLOCK):
@@ -96,7 +109,7 @@ def run_seed(folder, seed, scale):
     rows = claims.read_lines(start["data"] / "test_scored.jsonl")[:max(4, round(scale * PREFIXES))]
     within, between, n = invariance(rows, claims.load_policy(sft)[1], max(10, round(scale * COMPLETIONS)))
     asked = [row["prompt"] for row in claims.read_lines(start["data"] / "rl.jsonl")] * 9
-    return {"within": within, "between": between, "prefixes": n, "gains": gains, "blocks": blocks,
+    return {"within": within, "between": between, "prefixes": n, "gains": gains, "own": own, "blocks": blocks,
             "noise": noise(sft, gvm, asked[:max(8, round(scale * ROLLOUTS))])}
 
 
@@ -111,15 +124,19 @@ def answer(seeds, per_seed):
         minus(per_seed("between"), per_seed("within")), "variance, less by")}
     for name in per_seed("gains")[0]:
         found[f"one GVM improves {name}"] = claims.claim(per_seed("gains", name), "gain in true score")
-    found["every block of ten steps improves on the one before"] = (
-        "confirmed" if not any(declines) else "not confirmed",
+        if name != "its own SFT model":
+            found[f"and as much as {name}'s own GVM"] = claims.claim(
+                minus(per_seed("gains", name), per_seed("own", name)), "gain, more by")
+    found["no block of ten steps is clearly worse than the one before"] = (
+        "not confirmed" if any(clear) else "confirmed",
         f"share of declines {claims.cell(declines)}, of clear ones {claims.cell(clear)}")
-    for kind in KINDS[:2]:
-        found[f"{kind}: less noise than one number per answer"] = claims.claim(
-            minus(per_seed("noise", KINDS[2]), per_seed("noise", kind)), "noise, less by")
+    for kind, rival in product(KINDS[:2], KINDS[2:]):
+        found[f"{kind}: less noise than {rival}"] = claims.claim(
+            minus(per_seed("noise", rival), per_seed("noise", kind)), "powers of ten, less by")
     tables = [f"Share of the true Q's variance that is over policies: {claims.cell(share)}; "
               f"{claims.cell(per_seed('prefixes'), 0)} prefixes.", "", *claims.table(
-                  "gradient of single rollouts | noise", [[kind, per_seed("noise", kind)] for kind in KINDS])]
+                  "gradient of single rollouts | noise, log10", [
+                      [kind, per_seed("noise", kind)] for kind in KINDS])]
     picture, panel = plt.subplots(figsize=(6, 4))
     for seed, blocks in zip(seeds, per_seed("blocks")):
         means, errors = zip(*blocks)
