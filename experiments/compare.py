@@ -62,6 +62,7 @@ TRAINED = {"DVPO": ["reward_model", "labelled", "gvm_labelled"], "DVPO, pairs": 
            "GRPO": ["reward_model"], "GRPO, GVM's last value": ["gvm_pairs"], "ReMax": ["reward_model"],
            "DPO": [], "DVPO, oracle": ["gvm"]}
 PARTS = ("generate", "score", "update")
+GVMS = {"gvm_labelled": "the reward model's scores", "gvm_pairs": "pairs", "gvm": "the oracle's scores"}
 
 
 # ---- 1. A world and its runs ----
@@ -84,6 +85,7 @@ def label(folder, start):
         ids = evaluate.encode_conversation(model.config, tokenizer, row["prompt"], row["response"])
         row["reward"] = model(torch.tensor([ids])).logits.item()
     claims.write_lines(output / "scored.jsonl", rows)
+    claims.write_lines(output / "test_pairs.jsonl", claims.read_lines(start["data"] / "test_pairs.jsonl"))
     claims.write_lines(output / "metrics.jsonl", [{"seconds_label": time.time() - began}])
     return output
 
@@ -145,7 +147,8 @@ def run_seed(folder, seed, scale, steps, jobs, samples):
     """{"SFT": numbers, arm: [numbers with each of its settings]} of a world. jobs: {arm: [settings]}."""
     start = prepare(folder, seed, scale)
     sft, data = start["model"], start["data"]
-    found = {"SFT": measure(sft, sft, data, samples, seed)}
+    found = {"SFT": measure(sft, sft, data, samples, seed),
+             "ranked": {gvm: claims.pair_accuracy(folder / gvm)["last"] for gvm in GVMS}}
     for arm, tries in jobs.items():
         for settings in tries:
             settings = settings if arm == "DPO" else {"steps": steps} | settings
@@ -293,6 +296,9 @@ def report(results, per_seed):
             [arm, [drawdown(seed[arm]) for seed in results["seeds"].values()],
              f"{stdev(per_seed(arm, 'oracle')):.3f}" if len(sft) > 1 else ""]
             for arm in ARMS if arm != "DPO"])]
+    lines += ["", "## Value models (Table 9)", "", *claims.table(
+        "GVM learns from | held-out pairs ranked correctly, last value", [
+            [words, per_seed("ranked", gvm)] for gvm, words in GVMS.items()])]
     for rival in ("PPO", "DVPO, pairs"):
         others = [arm for arm in EQUAL if arm != rival]
         differences = {arm: minus(per_seed(arm, "oracle"), per_seed(rival, "oracle")) for arm in others}

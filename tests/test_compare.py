@@ -121,6 +121,7 @@ def test_it_runs_through(world, tmp_path, monkeypatch, capsys):
     assert len(results["seeds"]["21"]["PPO"]["curve"]) == len(results["seeds"]["21"]["PPO"]["signal"]) == 12
     assert page.count("\n| DVPO, pairs |") == 4 and page.count("\n| DVPO, oracle |") == 2 and (tmp_path / "compare.png").exists()
     labelled = [json.loads(line) for line in (tmp_path / "runs" / "seed21" / "labelled" / "scored.jsonl").read_text().splitlines()]
+    assert 0 < results["seeds"]["21"]["ranked"]["gvm_labelled"] <= 1 and "the reward model's scores |" in page
     pairs = [json.loads(line) for line in (tmp_path / "runs" / "seed21" / "data" / "pairs.jsonl").read_text().splitlines()]
     answers = [row[side] for row in pairs for side in ("chosen", "rejected")]
     assert len(labelled) == len({(row["prompt"], row["response"]) for row in labelled}) > 90
