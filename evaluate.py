@@ -1,10 +1,10 @@
-"""Stage 4: numbers. Is the value model right (values), is the policy better (policy)?
+"""Stage 4: evaluation. Is the value model right (values)? Is the policy better (policy)?
 
     python evaluate.py values --models runs/atlas/gvm --data runs/atlas/data
     python evaluate.py policy --models runs/atlas/sft runs/atlas/dvpo --judge data/atlas.py:oracle
 
-values  Tables 3, 4, 5, 8, 9: has the better answer of a held-out pair the higher value? For a GVM or PPO's
-        critic, with a value for each token, and for a reward model, with one score for the answer.
+values  Tables 3, 4, 5, 8, 9: does the better answer of a held-out pair get the higher value? For a GVM or
+        PPO's critic, with a value for each token, and for a reward model, with one score for the answer.
 policy  samples answers to held-out prompts; a Python function, (prompt, response) -> score, judges them.
 """
 import importlib.util

@@ -1,4 +1,4 @@
-"""Stage 1: supervised fine-tuning. Gives the policy its start, pi_ref, and the value model its weights.
+"""Stage 1: supervised fine-tuning. The result is the initial policy, pi_ref, and the initial value model.
 
     python sft.py                                                     # Atlas, on a laptop
     accelerate launch sft.py recipes/paper_llama3.2_3b_base.yaml      # the paper's settings (Appendix C)

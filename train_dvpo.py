@@ -6,14 +6,14 @@
 Section 3.3, Eq. (2): clipped PPO whose advantages are read from the frozen global value model. There is no
 reward model and no critic. Section 3.3 takes A = Q (--advantage q). The default subtracts V(s) as a baseline,
 as section 3.4.1 does; accumulating with GAE is our addition. (DEVIATION n in a comment: docs/deviations.md.)
-Q and V are those of the policies that wrote the GVM's data, not of the policy in training. DVPO counts on
-them to stay useful while the policy moves; the KL penalty keeps it near.
+Q and V are those of the policies that wrote the GVM's data, not of the policy in training. DVPO relies on
+them while the policy moves; the KL penalty keeps the policy near the reference.
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
-What belongs to a token stands in the token's column; B rows make tensors of shape (B, L).
+Everything about a token stands in its column; B rows make tensors of shape (B, L).
 
     ids             x1    x2     y1     y2     END    pad
-    is_response     .     .      1      1      1      .     written by the policy: the loss is about these
+    is_response     .     .      1      1      1      .     written by the policy: the loss covers these
     logp            .     .      *      *      *      .     log pi(a_t | s_t): logits of one column earlier
     q               .     gV(s1) Q1     Q2     Q3     .     Q_t = Q(tau, s_t, a_t): state and action are seen
     shift_right(q)  .     .      gV(s1) gV(s2) gV(s3) .     one column earlier: the state, gamma * V(s_t)

@@ -7,7 +7,7 @@ Section 3.2, Eq. (1): the GVM learns the return-to-go of every prefix of an answ
 It is a language model with one number per token, not a vocabulary: a stock AutoModelForTokenClassification.
 
 Alignment. A prompt of two tokens (tau in front of it, if there is one), an answer of T = 3 tokens (with END),
-padding to the batch's width L. What belongs to a token stands in its column; B rows make tensors (B, L).
+padding to the batch's width L. Everything about a token stands in its column; B rows make tensors (B, L).
 
     ids             x1    x2     y1     y2     END    pad
     is_response     .     .      1      1      1      .     written by the behaviour policy

@@ -5,13 +5,14 @@
 
 Shao et al. (2024): the policy answers each prompt several times. An answer's advantage is how far its score
 stands above its group's, and every token of the answer gets it. The KL penalty is a term of the loss (k3),
-not of the reward. The loss starts near 0 (a group's advantages sum to 0, the ratio is 1), its gradient not.
+not of the reward. The loss starts near 0 (a group's advantages sum to 0, the ratio is 1); its gradient does
+not.
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
-What belongs to a token stands in the token's column; B rows make tensors of shape (B, L).
+Everything about a token stands in its column; B rows make tensors of shape (B, L).
 
     ids             x1    x2     y1     y2     END    pad
-    is_response     .     .      1      1      1      .     written by the policy: the loss is about these
+    is_response     .     .      1      1      1      .     written by the policy: the loss covers these
     logp            .     .      *      *      *      .     log pi(a_t | s_t): logits of one column earlier
     advantage       .     .      A      A      A      .     A of the answer, at each of its tokens
 

@@ -7,10 +7,10 @@ Schulman et al. (2017), as in RLHF (Ouyang et al., 2022). `diff train_dvpo.py ba
 removes: the reward model's pass, and the critic with its optimizer, its loss and its returns.
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
-What belongs to a token stands in the token's column; B rows make tensors of shape (B, L).
+Everything about a token stands in its column; B rows make tensors of shape (B, L).
 
     ids             x1    x2     y1     y2     END    pad
-    is_response     .     .      1      1      1      .     written by the policy: the loss is about these
+    is_response     .     .      1      1      1      .     written by the policy: the loss covers these
     logp            .     .      *      *      *      .     log pi(a_t | s_t): logits of one column earlier
     value           .     .      V(s1)  V(s2)  V(s3)  .     the critic's output of one column earlier
     reward          .     .      0      0      r      .     r(x, y) of the reward model; r^KL_t is added

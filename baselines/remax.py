@@ -3,15 +3,15 @@
     python baselines/remax.py                                             # Atlas, on a laptop
     accelerate launch baselines/remax.py --kl_coef 0.05
 
-Li et al. (2023): REINFORCE. A prompt is answered twice, by sampling and greedily. The sampled answer learns
-with the difference of the two scores, in one update per batch: no ratio, no clipping. The published code
+Li et al. (2023): REINFORCE. A prompt is answered twice, by sampling and greedily. The sampled answer is
+reinforced by the difference of the two scores, in one update per batch: no ratio, no clipping. The published code
 samples with top_p 0.9 but scores with the whole softmax, and clips the difference at 5: not done here.
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
-What belongs to a token stands in the token's column; B rows make tensors of shape (B, L).
+Everything about a token stands in its column; B rows make tensors of shape (B, L).
 
     ids             x1    x2     y1     y2     END    pad
-    is_response     .     .      1      1      1      .     written by the policy: the loss is about these
+    is_response     .     .      1      1      1      .     written by the policy: the loss covers these
     logp            .     .      *      *      *      .     log pi(a_t | s_t): logits of one column earlier
     advantage       .     .      A1     A2     A3     .     A_t = r^KL_t + r(x, y) - r(x, y_greedy)
 
@@ -309,7 +309,7 @@ def remax_update(accelerator, model, optimizer, batch, lengths, micro_size):
         total += loss.detach() * denominator
         ratio = torch.where(is_response, logp.detach() - logp_old, 0.0).exp()
         errors.append((ratio - 1).abs().max())
-    ratio_error = accelerator.reduce(errors[0]).item()        # has to be 0
+    ratio_error = accelerator.gather(errors[0]).max().item()  # has to be 0
     if ratio_error > (1e-3 if accelerator.mixed_precision == "no" else 0.5):
         fail(f"the ratio is {ratio_error:.2g} away from 1: pi_old and pi_theta are not computed alike")
     loss = (accelerator.reduce(total) / tokens).item()
