@@ -4,8 +4,8 @@
     accelerate launch baselines/remax.py --kl_coef 0.05
 
 Li et al. (2023): REINFORCE. A prompt is answered twice, by sampling and greedily. The sampled answer is
-reinforced by the difference of the two scores, in one update per batch: no ratio, no clipping. The published code
-samples with top_p 0.9 but scores with the whole softmax, and clips the difference at 5: not done here.
+reinforced by the difference of the two scores, in one update per batch: no ratio, no clipping. The published
+code samples with top_p 0.9 but scores with the whole softmax, and clips the difference at 5: not done here.
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
 Everything about a token stands in its column; B rows make tensors of shape (B, L).
