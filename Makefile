@@ -23,7 +23,7 @@ help:
 	@echo "make real      SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; half an hour (PRECISION=bf16: less, with AMX)"
 	@echo "make assignment OUT=../hw SEED=7 | grade SUBMISSION=../s1 | bugs OUT=../bugs SEED=7: for a class, classroom/teacher.md"
 	@echo "make test      ruff and the tests; make test-all: the slow ones too, then all in reverse order"
-	@echo "make test-resume  kills all training scripts at random moments and resumes them; minutes (KILLS=100: more)"
+	@echo "make test-resume  kills each training script three times at random moments and resumes it; minutes (KILLS=30: more)"
 	@echo "make test-peers  losses and advantages against trl's and verl's own (installs them in .venv-peers)"
 	@echo "options        SEED=3 (every seed) | RUN=folder (default runs/atlas) | PYTHON=python3 VENV= (no new environment)"
 
@@ -123,8 +123,8 @@ test-all: test
 compute: $(INSTALLED)
 	$(PY) experiments/compute.py --shape tiny
 
-test-resume: $(INSTALLED)
-	$(PY) tests/kill_resume.py --kills $(or $(KILLS),25)
+test-resume: $(TESTS_INSTALLED)
+	KILLS=$(or $(KILLS),3) $(PY) -m pytest -m distributed --numprocesses 2 tests/test_resume.py
 
 # The formulas against trl's and verl's own, in an environment of its own.
 test-peers: .venv-peers/.installed

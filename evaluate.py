@@ -7,10 +7,10 @@ values  Tables 3, 4, 5, 8, 9: does the better answer of a held-out pair get the 
         PPO's critic, with a value for each token, and for a reward model, with one score for the answer.
 policy  samples answers to held-out prompts; a Python function, (prompt, response) -> score, judges them.
 """
-import importlib.util
 import json
 import math
 import random
+import runpy
 import sys
 import time
 from dataclasses import dataclass
@@ -394,11 +394,7 @@ def load_judge(place):
     file, _, name = place.rpartition(":")
     if not (Path(file).is_file() and file.endswith(".py")):
         fail(f"--judge {place}: no such file; wanted: FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(Path(file).stem, module)           # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return getattr(module, name, None) or fail(f"--judge {place}: {file} has no {name!r}")
+    return runpy.run_path(file).get(name) or fail(f"--judge {place}: {file} has no {name!r}")
 
 
 def evaluate_policy(args):

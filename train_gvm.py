@@ -482,8 +482,7 @@ def start_run(accelerator, args):
     """Makes the run folder and writes args.json. A run that is there stays, unless --overwrite is given."""
     output = Path(args.output)
     if accelerator.is_main_process:
-        inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
-        if output.resolve() in [Path(value).resolve() for value in inputs]:
+        if [Path(x).resolve() for x in vars(args).values() if isinstance(x, str)].count(output.resolve()) > 1:
             fail(f"{output}: is an input of this run. Choose another --output")
         if any(output.glob("*")) and (any(output.glob("*.safetensors")) or not args.resume):
             if not (args.overwrite and (output / "args.json").is_file()):

@@ -3,14 +3,12 @@
     python analysis/figures.py tokens --gvm runs/atlas/gvm --policy runs/atlas/dvpo
     python analysis/figures.py curves --runs runs/atlas/dvpo --judge data/atlas.py:oracle
     python analysis/figures.py wins --results runs/atlas/eval/policy.json
-    python analysis/figures.py compare --results experiments/results/compare.json
 
 tokens   Figure 3: every token of one or more answers, coloured by the value that the GVM gives right after
          it, as a PNG and as a page of HTML in which the mouse shows the numbers. (The PNG has no coloured
          emoji and no right-to-left text; the page has.)
 curves   Figure 4: what the policy's answers were worth, step by step; seeds become a mean and a band.
 wins     Figure 2: how often one model's answer beats, equals and loses to each other model's.
-compare  what experiments/compare.py measured: all methods, against rollouts and against time.
 """
 import html
 import json
@@ -73,13 +71,6 @@ class WinsArgs:
     results: str = HfArg(default="runs/atlas/eval/policy.json", help="of evaluate.py policy, or of judge.py")
     model: str = HfArg(default="", help="whose wins to draw, against all others (default: the last model)")
     output: str = HfArg(default="runs/atlas/figures", help="folder for wins.png")
-    overwrite: bool = HfArg(default=False, help="replace the figure that is there")
-
-
-@dataclass
-class CompareArgs:
-    results: str = HfArg(default="experiments/results/compare.json", help="of experiments/compare.py")
-    output: str = HfArg(default="runs/atlas/figures", help="folder for compare.png")
     overwrite: bool = HfArg(default=False, help="replace the figure that is there")
 
 
@@ -330,46 +321,9 @@ def draw_wins(args):
     save(figure, png)
 
 
-# ---- 5. Comparison (Tables 1, 2, 7 and Figure 4 in kind) ----
-def draw_compare(args):
-    """compare.json as a picture: score against rollouts, against time, and on held-out prompts."""
-    png, results = Path(args.output, "compare.png"), read_results(args.results, "step_seconds")
-    new_file(png, args.overwrite)
-    seeds, methods = list(results["seeds"].values()), ["SFT", *results["methods"]]
-    figure, (by_rollouts, by_time, final) = plt.subplots(1, 3, figsize=(11, 3.3), layout="constrained")
-    for number, method in enumerate(methods):
-        colour, scores = f"C{number}", [seed[method]["oracle"] for seed in seeds]
-        mean = sum(scores) / len(scores)
-        final.plot([mean], [-number], "o", color=colour)
-        final.plot(scores, [-number] * len(scores), "|", color=colour, markersize=12)
-        final.text(mean, 0.24 - number, f"{mean:.2f}", ha="center", fontsize=8)
-        if "curve" not in seeds[0][method]:                   # SFT and DPO have no rollouts
-            for panel in (by_rollouts, by_time):
-                panel.axhline(mean, color=colour, label=f"{method} (held-out)", linestyle="--", linewidth=1)
-            continue
-        curve = numpy.array([seed[method]["curve"] for seed in seeds])                   # (seeds, steps)
-        smooth = numpy.stack([curve[:, max(0, t - 4):t + 1].mean(1) for t in range(curve.shape[1])], 1)
-        steps = numpy.arange(1, smooth.shape[1] + 1)
-        # "DVPO, pairs" is not timed: it is DVPO with another GVM of the same size, so a step costs the same.
-        seconds = results["step_seconds"].get(method, results["step_seconds"]["DVPO"])["total"]
-        for panel, x in ((by_rollouts, steps * results["rollouts_per_step"]), (by_time, steps * seconds)):
-            panel.plot(x, smooth.mean(0), color=colour, label=method, linewidth=1.4)
-            panel.fill_between(x, smooth.min(0), smooth.max(0), color=colour, alpha=0.1, linewidth=0)
-    machine = f", {results['machine']}" if results.get("machine") else ""
-    for panel, label in ((by_rollouts, "rollouts"), (by_time, f"training time (s{machine})"),
-                         (final, "oracle score on held-out prompts")):
-        panel.set_xlabel(label)
-        panel.grid(alpha=0.3)
-    by_rollouts.set_ylabel(f"oracle score of the rollouts\n(5 steps, mean and range of {len(seeds)} seeds)")
-    by_rollouts.legend(fontsize=8)
-    final.set_yticks([-number for number in range(len(methods))], methods)
-    final.set_ylim(0.6 - len(methods), 0.6)
-    save(figure, png)
-
-
-# ---- 6. Main ----
+# ---- 5. Main ----
 COMMANDS = {"tokens": (TokensArgs, draw_token_figures), "curves": (CurvesArgs, draw_curves),
-            "wins": (WinsArgs, draw_wins), "compare": (CompareArgs, draw_compare)}
+            "wins": (WinsArgs, draw_wins)}
 
 
 def main(argv):

@@ -5,8 +5,7 @@
 
 Shao et al. (2024): the policy answers each prompt several times. An answer's advantage is how far its score
 stands above its group's, and every token of the answer gets it. The KL penalty is a term of the loss (k3),
-not of the reward. The loss starts near 0 (a group's advantages sum to 0, the ratio is 1); its gradient does
-not.
+not of the reward. The loss starts near 0, but not its gradient: a group's advantages sum to 0.
 
 Alignment. A prompt of two tokens, an answer of T = 3 tokens (END included), padding to the batch's width L.
 Everything about a token stands in its column; B rows make tensors of shape (B, L).
@@ -509,8 +508,7 @@ def start_run(accelerator, args):
     """Makes the run folder and writes args.json. A run that is there stays, unless --overwrite is given."""
     output = Path(args.output)
     if accelerator.is_main_process:
-        inputs = [value for name, value in vars(args).items() if name != "output" and isinstance(value, str)]
-        if output.resolve() in [Path(value).resolve() for value in inputs]:
+        if [Path(x).resolve() for x in vars(args).values() if isinstance(x, str)].count(output.resolve()) > 1:
             fail(f"{output}: is an input of this run. Choose another --output")
         if any(output.glob("*")) and (any(output.glob("*.safetensors")) or not args.resume):
             if not (args.overwrite and (output / "args.json").is_file()):

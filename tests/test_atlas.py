@@ -7,7 +7,6 @@ import re
 import statistics
 
 import pytest
-from conftest import write_rows
 
 import atlas
 
@@ -137,20 +136,5 @@ def test_a_world_replaces_only_a_world(tmp_path):
         with pytest.raises(SystemExit, match="data exists.*only what atlas.py made"):
             atlas.main(["world", "--output", str(tmp_path), *more])
     assert (tmp_path / "data" / "manifest.json").exists() and not (tmp_path / "base").exists()
-
-
-def test_the_time_of_a_run_is_the_sum_of_its_steps(tmp_path):
-    score = {"score": {"mean": 0.5, "low": 0.4, "high": 0.6}, "kl": {"mean": 1.0}, "response_length": 9.0, "eos_rate": 1.0}
-    for name, content in {
-            "base/args.json": {"seed": 3, "seconds": 2.0},
-            "eval/values.json": {"models": {"gvm": {"pair_accuracy": {"mean": {"mean": 0.9}}}}, "seconds": 3.0},
-            "eval/policy.json": {"models": {"sft": score, "dvpo": score}, "seconds": 4.0,
-                                 "win_rate": {"dvpo": {"sft": {"mean": 0.7, "low": 0.6, "high": 0.8}}}}}.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(json.dumps(content))
-    steps = [{"step": 1, "seconds": 0.5}, {"step": 2, "seconds": 0.25}]
-    for stage, records in {"sft": steps, "gvm": steps, "dvpo": [{"step": 1, "seconds_generate": 1.0, "seconds_update": 0.5}] * 2}.items():
-        write_rows(tmp_path / stage / "metrics.jsonl", records)
-    assert atlas.read_summary(tmp_path)["seconds"] == {"data": 2.0, "evaluate": 7.0, "sft": 0.75, "gvm": 0.75, "dvpo": 3.0}
     with pytest.raises(SystemExit, match="no finished demo"):
         atlas.main(["summary", "--run", str(tmp_path / "nowhere")])

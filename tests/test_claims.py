@@ -14,9 +14,7 @@ from conftest import ROOT
 from transformers import AutoModelForTokenClassification
 
 import atlas
-
-sys.path.insert(0, str(ROOT / "experiments"))
-import claims  # noqa: E402
+import claims
 
 NAMES = [*re.search("CLAIMS := (.*)", (ROOT / "Makefile").read_text())[1].split(), "deviations", "horizon", "improve", "properties"]
 QUESTION, ANSWER = "Is Japan an island?", "Yes, Japan is an island country."

@@ -10,8 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, fails
 
-sys.path.append(str(ROOT / "classroom"))
-import classroom  # noqa: E402
+import classroom
 
 EXERCISES = yaml.safe_load((ROOT / "classroom" / "exercises.yaml").read_text())
 FUNCTIONS, BUGS = EXERCISES["functions"], EXERCISES["bugs"]

@@ -10,9 +10,8 @@ import torch
 from conftest import ROOT, SCRIPTS, script
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-sys.path.insert(0, str(ROOT / "experiments"))
-import claims  # noqa: E402
-import compare  # noqa: E402
+import claims
+import compare
 
 
 def test_sign_flips_and_holm():

@@ -4,14 +4,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train_dvpo
 
-sys.path.insert(0, str(ROOT / "experiments"))
-import compute  # noqa: E402
+import compute
 
 
 def test_floating_point_operations_are_those_that_torch_counts():

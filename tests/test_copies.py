@@ -9,10 +9,10 @@ from conftest import SCRIPTS, script
 
 ROOT = Path(__file__).parent.parent
 # Lines of a script, and of its section 6. To be raised only for something that a reader would miss.
-BUDGETS = {"sft.py": (383, 140), "train_gvm.py": (542, 140), "train_dvpo.py": (640, 140), "evaluate.py": (515, None),
-           "baselines/reward_model.py": (422, 140), "baselines/dpo.py": (424, 140), "baselines/ppo.py": (660, 140),
-           "baselines/grpo.py": (568, 140), "baselines/remax.py": (527, 140)}
-FOLDERS = {"analysis": 900, "data": 1075, "experiments": 3860, "classroom": 300, "tests": 5000}
+BUDGETS = {"sft.py": (382, 140), "train_gvm.py": (541, 140), "train_dvpo.py": (639, 140), "evaluate.py": (511, None),
+           "baselines/reward_model.py": (421, 140), "baselines/dpo.py": (423, 140), "baselines/ppo.py": (659, 140),
+           "baselines/grpo.py": (567, 140), "baselines/remax.py": (526, 140)}
+FOLDERS = {"analysis": 710, "data": 1075, "experiments": 3860, "classroom": 300, "tests": 4800}
 FLAGS, LOOP, LESSON = 24, 60, 256                              # flags; lines of a training loop; diff train_dvpo.py baselines/ppo.py
 # Names that differ by design: what a script is about.
 MAY_DIFFER = {"Args", "main", "ppo_update", "score_rollouts"}

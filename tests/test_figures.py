@@ -88,24 +88,6 @@ def test_seeds_are_one_curve(tmp_path, drawn):
     fails(lambda: figures.main([*command, f"{tmp_path}/a/x", f"{tmp_path}/b/x"]), "b/x: another run is called x, too")
 
 
-def test_comparison_figure(tmp_path, drawn):
-    curves = [{"curve": [shift + step / 10 for step in range(7)]} for shift in (0.0, 0.0, 0.3)]
-    seeds = [{"SFT": {"oracle": 0.0}, "DVPO": {"oracle": 0.6} | curve, "DVPO, pairs": {"oracle": 0.3} | curve, "DPO": {"oracle": 0.4}} for curve in curves]
-    (tmp_path / "compare.json").write_text(json.dumps({
-        "seeds": dict(enumerate(seeds)), "methods": {"DVPO": {}, "DVPO, pairs": {}, "DPO": {}},
-        "rollouts_per_step": 60, "step_seconds": {"DVPO": {"total": 1.5}}, "machine": "abacus"}))
-    figures.main(["compare", "--results", str(tmp_path / "compare.json"), "--output", str(tmp_path)])
-    by_rollouts, by_time, final = drawn[0].axes
-    last_five = 0.1 + numpy.array([0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4])       # means of the last five steps, or of all so far
-    for panel, unit in ((by_rollouts, 60), (by_time, 1.5)):                    # "DVPO, pairs" takes DVPO's time
-        curves = {line.get_label(): line for line in panel.lines}
-        assert list(curves) == ["SFT (held-out)", "DVPO", "DVPO, pairs", "DPO (held-out)"]
-        for method in ("DVPO", "DVPO, pairs"):
-            assert curves[method].get_xdata() == pytest.approx(unit * numpy.arange(1, 8)) and curves[method].get_ydata() == pytest.approx(last_five)
-    assert [text.get_text() for text in final.texts] == ["0.00", "0.60", "0.30", "0.40"]
-    assert by_time.get_xlabel() == "training time (s, abacus)"
-
-
 def test_wins_figure(tmp_path, drawn):
     file, wins = tmp_path / "policy.json", {"win": 0.5, "tie": 0.2, "lose": 0.3, "pairs": 400}
     lost = {"win": 0.3, "tie": 0.2, "lose": 0.5, "pairs": 400}

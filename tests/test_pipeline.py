@@ -5,7 +5,8 @@ import shlex
 import subprocess
 import sys
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, read_lines
 
 TINY = {"sft.py": "--epochs 1 --max_length 64", "train_gvm.py": "--epochs 1",
         "train_dvpo.py": "--steps 2 --batch_size 8 --mini_batch_size 8 --max_response_length 12", "policy": "--samples 1"}
@@ -33,6 +34,9 @@ def test_from_nothing_to_summary(tmp_path, monkeypatch, capsys):
     assert f"{summary['dvpo']['oracle_mean']:+.3f}" in capsys.readouterr().out
     assert {file.name for file in (run / "figures").iterdir()} >= {"tokens.png", "curves.png", "wins.png"}
     assert json.loads((run / "dvpo" / "args.json").read_text())["seed"] == 4
+    steps = read_lines(run / "dvpo" / "metrics.jsonl")
+    assert summary["seconds"]["dvpo"] == pytest.approx(sum(x for row in steps for name, x in row.items() if "seconds" in name), abs=0.1)
+    assert summary["seconds"]["evaluate"] > 0 and set(summary["seconds"]) == {"data", "sft", "gvm", "dvpo", "evaluate"}
 
 
 def test_a_bare_make_explains_itself():

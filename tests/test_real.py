@@ -8,8 +8,7 @@ import pytest
 from conftest import ROOT, read_lines, write_rows
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(ROOT / "experiments"))
-import claims  # noqa: E402
+import claims
 
 
 @pytest.fixture

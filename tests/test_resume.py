@@ -1,13 +1,18 @@
 """A run that is killed and resumed ends with the weights and the metrics of one that was never stopped, bit by bit.
 
-What a kill leaves is made by hand here: older checkpoints, logs that go on beyond them, half a line, half a checkpoint.
-Real kills at random moments: make test-resume (kill_resume.py).
+What a kill leaves is made by hand: older checkpoints, logs that go on beyond them, half a line, half a checkpoint. With
+make test-resume, and once in make test-all, real kills at random moments.
 """
+import os
+import random
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
-from conftest import SCRIPTS, equal, fails, read_lines, script, weights, without_seconds
+from conftest import ROOT, SCRIPTS, equal, fails, read_lines, script, weights, without_seconds
 
 import train_gvm
 
@@ -65,3 +70,27 @@ def test_a_step_depends_on_seed_and_step_alone(args, runs, tmp_path):
     """Fewer steps are the first steps of more."""
     script("dvpo").main(args("dvpo", steps=2))
     assert read_lines(tmp_path / "run" / "rollouts.jsonl") == [row for row in read_lines(runs("dvpo") / "rollouts.jsonl") if row["step"] < 3]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", range(int(os.environ.get("KILLS", 1))))
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_killed_at_any_moment(name, number, args, tmp_path):
+    """SIGKILL at a random moment of a run, or just after a checkpoint, or the final files, begin to be written."""
+    rng, run = random.Random(f"{name} {number}"), tmp_path / "run"
+    sizes = {"steps": 12} if name in ("dvpo", "ppo", "grpo", "remax") else {"epochs": 2}
+    given = args(name, save_steps=rng.choice([1, 2]), output=tmp_path / "whole", **sizes)
+    script(name).main(given)
+    flags = vars(replace(given, output=str(run))).items()
+    command = [sys.executable, SCRIPTS[name], *(word for flag, x in flags for word in (f"--{flag}", str(x)))]
+    begins, most = rng.choice([("args.json", 4), ("README.md", 0.05), (f"checkpoints/step_{2 * rng.randint(1, 3):08d}", 0.3)])
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (run / begins).exists():
+        time.sleep(0.0005)
+    time.sleep(rng.uniform(0, most))
+    process.kill()
+    process.wait()
+    finished = any(run.glob("*.safetensors"))
+    done = subprocess.run([*command, "--resume", "true"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode != 0) == finished == ("is in use" in done.stderr), done.stderr
+    same(tmp_path / "whole", run)

@@ -1,18 +1,14 @@
 """What the policy samples, and where an answer ends: one notion in every stage."""
-import json
-import shutil
-
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import read_lines, script
+from conftest import script
 from test_masks import tiny
 from transformers import (AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GenerationConfig, GPT2Config, LlamaConfig,
                           MistralConfig)
 
 import sft
 import train_dvpo
-import train_gvm
 
 PROMPTS = [[5, 6, 7], [9], [4, 4, 8, 8, 9, 3]]
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -75,31 +71,13 @@ def test_sampled_answers_stop_and_differ():
 
 
 # ---- the end of an answer ----
-ROLE = "{% for m in messages %}<|user|>{{ m['role'] }}\n"
-TEMPLATES = {   # template -> the token that ends an answer; "<|pad|>" is what the tokenizer calls EOS
-    "chatml": (ROLE + "{{ m['content'] }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}", "<|end|>"),
-    "gemma": ("{{ '<|user|>' }}{% for m in messages %}{{ 'model' if m['role'] == 'assistant' else 'user' }}\n"
-              "{{ m['content'] | trim }}<|end|>\n{% endfor %}", "<|end|>"),
-    "phi3": (ROLE + "{{ m['content'] }}<|end|>\n{% endfor %}{% if not add_generation_prompt %}{{ eos_token }}{% endif %}", "<|end|>"),
-    "eos": (ROLE + "{{ m['content'] }} {{ eos_token }}{% endfor %}", "<|pad|>"),
-    "its own name": (ROLE + "{{ m['content'] }}<|end_of_answer|>\n{% endfor %}", "<|end_of_answer|>"),
-    "nothing": (ROLE + "{{ m['content'] }}{% endfor %}", "<|pad|>"),
-    "words": (ROLE + "{{ m['content'] }}\n\n### End\n{% endfor %}", "<|pad|>")}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("named", [True, False])
-def test_the_end_of_an_answer_is_what_the_template_writes(world, name, named):
-    """Whether or not the tokenizer has a name for that token (Qwen's <|im_end|> has, Phi-3's <|end|> has not)."""
+@pytest.mark.parametrize("tail", ["", "\n\n### End\n"])
+def test_without_a_control_token_the_end_is_eos(world, tail):
+    """Templates that write one: FAMILIES in test_models.py."""
     tokenizer = AutoTokenizer.from_pretrained(world / "base")
     tokenizer.eos_token = "<|pad|>"
-    if named:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
-    tokenizer.add_tokens("<|end_of_answer|>", special_tokens=True)
-    tokenizer.chat_template, end = TEMPLATES[name]
-    wanted = tokenizer.convert_tokens_to_ids(end)
-    assert sft.end_of_answer(tokenizer) == wanted
-    assert sft.encode_response(tokenizer, "Yes.")[-1] == wanted
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m['role'] }}\n{{ m['content'] }}" + tail + "{% endfor %}"
+    assert sft.encode_response(tokenizer, "Yes.")[-1] == sft.end_of_answer(tokenizer) == tokenizer.eos_token_id
 
 
 def test_a_base_model_without_a_template_gets_one(world):
@@ -107,32 +85,6 @@ def test_a_base_model_without_a_template_gets_one(world):
     tokenizer.chat_template = sft.PLAIN_TEMPLATE
     assert sft.end_of_answer(tokenizer) == tokenizer.eos_token_id
     assert tokenizer.decode(sft.encode_prompt(tokenizer, "Is Peru an island?")) == "User: Is Peru an island?\nAssistant: "
-
-
-def test_every_stage_has_the_same_end_of_an_answer(args, world, tmp_path, monkeypatch):
-    """A ChatML-like model whose tokenizer calls another token EOS: SFT's last token is what rollouts stop at and what the
-    value model reads, and the saved models name it."""
-    base = shutil.copytree(world / "base", tmp_path / "base")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.eos_token, tokenizer.chat_template = "<|pad|>", TEMPLATES["chatml"][0]
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
-    tokenizer.save_pretrained(base)
-    generation = json.loads((base / "generation_config.json").read_text())
-    (base / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 7}))
-    end, seen = tokenizer.convert_tokens_to_ids("<|end|>"), []
-    sft.main(args("sft", model=base, output=tmp_path / "sft"))
-    train_gvm.main(args("gvm", model=tmp_path / "sft", output=tmp_path / "gvm"))
-    real = train_dvpo.score_rollouts
-    monkeypatch.setattr(train_dvpo, "score_rollouts", lambda *rest: seen.append(rest[3]) or real(*rest))
-    train_dvpo.main(args("dvpo", model=tmp_path / "sft", gvm=tmp_path / "gvm", output=tmp_path / "dvpo", steps=2,
-                         max_response_length=40))
-    answers = [response for sequences in seen for _, response in sequences]
-    assert any(response[-1] == end for response in answers)
-    assert all(not {end, 7} & set(response[:-1]) for response in answers)
-    for run in ("sft", "dvpo"):                                # what its own config said stays an end, too
-        assert sorted(GenerationConfig.from_pretrained(tmp_path / run).eos_token_id) == sorted([end, 7])
-    rates = [row["eos_rate"] for row in read_lines(tmp_path / "dvpo" / "rollouts.jsonl")]
-    assert rates == [response[-1] in (end, 7) for response in answers]
 
 
 @pytest.mark.parametrize("name", ["dvpo", "ppo", "grpo", "remax"])
