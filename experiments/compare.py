@@ -10,7 +10,7 @@ Method      A world per seed, and in it one SFT model, one set of scored answers
             oracle's scores (and whose settings are those of "DVPO").
             Tuning, in worlds of its own, alike for each arm, one knob after the other: four learning rates,
             three KL coefficients (DPO: beta), three values of another knob; where the best of the first two
-            is at its edge, up to two values beyond. In runs of half as many steps; of the best two settings
+            is at its edge, up to two values beyond. In runs of a third of the steps; of the best two settings
             the one that is better after all steps. Chosen by the oracle there.
             Then other worlds: final score of 32 answers per held-out question; the rollouts' score after the
             five steps whose mean own signal (reward or value) was highest; score against KL, rollouts and
@@ -342,7 +342,7 @@ def main():
     parser = claims.parser(__doc__, range(11, 21), "runs/compare")
     parser.add_argument("--sweep_seeds", type=int, nargs="*", default=[6, 7, 8, 9], help="none: no tuning")
     parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--sweep_steps", type=int, default=60)
+    parser.add_argument("--sweep_steps", type=int, default=40)
     parser.add_argument("--samples", type=int, default=32, help="answers per held-out question")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each method when steps are timed")
     args = parser.parse_args()
