@@ -58,7 +58,8 @@ def signals(run, gvms):
 
 def stop(curve, signal):
     """(last of the WIDTH steps whose mean signal is highest, true score of the WIDTH steps after them)."""
-    ends = range(min(WIDTH, len(curve) - 1), max(WIDTH, len(curve) - WIDTH) + 1)
+    first = min(WIDTH, len(curve) - 1)
+    ends = range(first, max(first, len(curve) - WIDTH) + 1)
     end = max(ends, key=lambda end: mean(signal[max(0, end - WIDTH):end]))
     return end, mean(curve[end:end + WIDTH])
 
