@@ -76,7 +76,7 @@ def at_temperature(policy, temperature):
         output.logits = output.logits / temperature
         return output
 
-    scaled.device = policy.device
+    scaled.device, scaled.generation_config = policy.device, policy.generation_config
     return scaled
 
 

@@ -93,6 +93,10 @@ def base(folder, seed, scale, most=40):
     return sft, start, start | {"model": sft, "steps": steps(scale, most)}
 
 
+def file_name(words):
+    return "".join(c if c.isalnum() else "_" for c in words)
+
+
 def steps(scale, most):
     return max(2, round(scale * most))
 
@@ -138,6 +142,12 @@ def pair_accuracy(gvm):
     """What train_gvm.py measured at its end on held-out pairs: {"mean" value: share, "last" value: share}."""
     measured = read_lines(gvm / "metrics.jsonl")[-1]
     return {name: measured[f"pair_accuracy/{name}"] for name in ("mean", "last")}
+
+
+def step_seconds(run):
+    """Seconds of each step of a run."""
+    return [sum(x for name, x in row.items() if name.startswith("seconds"))
+            for row in read_lines(Path(run) / "metrics.jsonl")]
 
 
 def by_step(run, measure):

@@ -154,12 +154,13 @@ def run_seed(folder, seed, scale, steps, jobs, samples):
             settings = settings if arm == "DPO" else {"steps": steps} | settings
             words = "_".join(f"{name}{value:g}" for name, value in settings.items())
             try:
-                run = train(folder / f"{file_name(arm)}_{words}", arm, folder, start, settings)
+                run = train(folder / f"{claims.file_name(arm)}_{words}", arm, folder, start, settings)
             except SystemExit:                                # not finite: the lowest score
                 found.setdefault(arm, []).append({"oracle": -1.0})
                 continue
             record = measure(run, sft, data, samples, seed)
-            record |= {"seconds": seconds(run), "before": sum(seconds(folder / x) for x in TRAINED[arm])}
+            record |= {"seconds": sum(claims.step_seconds(run)),
+                       "before": sum(sum(claims.step_seconds(folder / x)) for x in TRAINED[arm])}
             if arm != "DPO":
                 rows = claims.read_lines(run / "metrics.jsonl")
                 record |= {"curve": [round(mean(x), 4) for x in claims.by_step(run, claims.score)],
@@ -167,16 +168,6 @@ def run_seed(folder, seed, scale, steps, jobs, samples):
                            "curve_kl": [round(row["kl"], 3) for row in rows]}
             found.setdefault(arm, []).append(record)
     return found
-
-
-def seconds(run):
-    """Of all steps of a run."""
-    return sum(x for row in claims.read_lines(run / "metrics.jsonl") for name, x in row.items()
-               if name.startswith("seconds"))
-
-
-def file_name(arm):
-    return "".join(c if c.isalnum() else "_" for c in arm.lower())
 
 
 # ---- 2. Tuning ----
@@ -221,7 +212,7 @@ def step_times(args, chosen):
     torch.set_num_threads(os.cpu_count())
     for number in range(args.rounds):
         for arm in ("DVPO, pairs", "PPO", "GRPO", "ReMax"):
-            output = train(Path(args.runs, "times", f"{file_name(arm)}_{number}"), arm, folder,
+            output = train(Path(args.runs, "times", f"{claims.file_name(arm)}_{number}"), arm, folder,
                            start | {"seed": number}, chosen[arm] | {"steps": 8})
             times.setdefault(arm, []).extend(claims.read_lines(output / "metrics.jsonl")[1:])   # 1 warms up
     return {arm: {part: median(row[f"seconds_{part}"] for row in rows) for part in PARTS} |

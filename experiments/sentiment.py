@@ -14,8 +14,9 @@ Method      Openings of reviews and letters (data/sentiment_prompts.txt): 160 fo
             to the RL prompts); test prompts play no part. By the score alone the rates would win that give
             up on language. Data, SFT, GVMs and reward model are shared: a seed is of the policy's training.
             Fluency: perplexity of the answers under the SFT model. distinct-2: different pairs of
-            neighbouring words, as a share of all; it falls when a policy repeats itself. Arms end at unlike
-            KL; "score at 2 nats" is that of a run's rollouts when their KL first passes 2 nats.
+            neighbouring words, as a share of all; it falls when a policy repeats itself; so does the share of
+            different answers, of two to each prompt. Arms end at unlike KL; "score at 2 nats" is that of a
+            run's rollouts when their KL first passes 2 nats.
             One more arm, added when seed 1 of the others had been seen: the KL coefficient is in units of the
             reward, and the values of the GVM from pairs vary less over the start's answers (deviation 0.056)
             than PPO's standardised rewards (0.86). "DVPO, pairs, KL 0.003" has 0.05 x 0.056 / 0.86.
@@ -44,6 +45,7 @@ import train_dvpo
 
 sys.path.append(str(claims.ROOT / "analysis"))
 import figures  # noqa: E402
+from answers import at_temperature  # noqa: E402
 
 try:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
@@ -82,18 +84,6 @@ def prompt_of(opening, system=""):
             {"role": "user", "content": f"Finish this text in one short sentence: {opening}"}]
 
 
-class Tempered:
-    """A policy at another temperature, for rollout()."""
-
-    def __init__(self, policy, temperature):
-        self.policy, self.temperature, self.device = policy, temperature, policy.device
-
-    def __call__(self, **inputs):
-        output = self.policy(**inputs)
-        output.logits = output.logits / self.temperature
-        return output
-
-
 def load(folder):
     tokenizer = train_dvpo.load_tokenizer(str(folder))
     policy = train_dvpo.load_model(train_dvpo.AutoModelForCausalLM, str(folder), tokenizer, PROMPT + LONGEST)
@@ -108,7 +98,7 @@ def autocast():
 
 def sample(policy, prompt_ids, what, longest=LONGEST):
     """One response to each prompt (ids), 64 at a time."""
-    stop_ids, found = getattr(policy, "policy", policy).generation_config.eos_token_id, []
+    stop_ids, found = policy.generation_config.eos_token_id, []
     for start in tqdm(range(0, len(prompt_ids), 64), what):
         with autocast():
             found += train_dvpo.rollout(policy, prompt_ids[start:start + 64], longest, stop_ids)
@@ -130,7 +120,7 @@ def write_data(folder, model, scale):
     for name, (system, temperature) in POLICIES.items():
         asked = [opening for opening in values + held_out for _ in range(2)]
         ids = [train_dvpo.encode_prompt(tokenizer, prompt_of(opening, system)) for opening in asked]
-        responses = sample(Tempered(policy, temperature), ids, f"answers, {name}")
+        responses = sample(at_temperature(policy, temperature), ids, f"answers, {name}")
         for opening, response in zip(asked, responses):
             text = claims.text(tokenizer, response)
             if response[-1] in stop_ids and text.strip():
@@ -160,6 +150,8 @@ def train(script, output, flags):
     """claims.train, for a worker."""
     began = time.time()
     claims.train(script, output, **flags)
+    if not (output / "commit.txt").exists():
+        (output / "commit.txt").write_text(claims.commit())
     print(f"{output.name}: {time.time() - began:.0f} s", flush=True)
     return output
 
@@ -183,11 +175,7 @@ def policy_run(folder, data, shared, arm, lr, seed, steps):
     flags |= {"model": shared["sft"], "data": data, "lr": lr, "seed": seed}
     flags |= {"steps": steps} if "max_response_length" in flags else {}
     flags |= {"critic_lr": lr} if "critic_lr" in flags else {}
-    return script, folder / file_name(f"{arm}_{lr:g}_{steps}_{seed}"), flags
-
-
-def file_name(words):
-    return "".join(c if c.isalnum() else "_" for c in words)
+    return script, folder / claims.file_name(f"{arm}_{lr:g}_{steps}_{seed}"), flags
 
 
 def curve(run):
@@ -288,11 +276,11 @@ def true_states(file, run, openings, system, temperature, n=8):
         return json.loads(file.read_text())
     torch.manual_seed(1)
     (policy, tokenizer), rng = load(run), random.Random(1)
-    policy = Tempered(policy, temperature)
+    policy = at_temperature(policy, temperature)
     ids = [train_dvpo.encode_prompt(tokenizer, prompt_of(opening, system)) for opening in openings]
     said = sample(policy, ids, "answers")
     states = [(i, response[:rng.randint(1, len(response))], len(response)) for i, response in enumerate(said)]
-    stop_ids = policy.policy.generation_config.eos_token_id
+    stop_ids = policy.generation_config.eos_token_id
     going = [i for i, first, _ in states for _ in range(n)
              if first[-1] not in stop_ids and len(first) < LONGEST]
     tails = sample(policy, [ids[i] + states[i][1] for i in going], "completions")
@@ -325,13 +313,6 @@ def value_error(gvm, states):
             for part, x in parts.items() if x.sum() > 2}
 
 
-def seconds(run):
-    """Seconds of a run: of a step (median), and of all."""
-    steps = [sum(x for name, x in row.items() if name.startswith("seconds"))
-             for row in claims.read_lines(Path(run) / "metrics.jsonl")]
-    return statistics.median(steps), sum(steps)
-
-
 def measure_all(args, folder, at_once):
     """(what sentiment.json holds, openings of the test prompts, first GVM, data folder)."""
     shared, data = shared_runs(folder, args, at_once)
@@ -343,27 +324,29 @@ def measure_all(args, folder, at_once):
     start, *measured = at_once(measure, [(run, shared["sft"], data) for run in [Path(shared["sft"]), *made]])
     for found in [*measured, start]:
         found |= {"wins": wins(found, start), "objective": found["score"] - KL_COEF * found["kl"]}
+        found["different"] = len(set(found["answers"])) / len(found["answers"])
         found["answers"] = found["answers"][:6]               # to three prompts, as examples
     numbers, runs = {"start": [start]} | {arm: [] for arm in args.arms}, {arm: [] for arm in args.arms}
     for (arm, _), run, found in zip(asked, made, measured):
         runs[arm].append(run)
         numbers[arm].append(found)
-    times = {arm: [statistics.median(seconds(run)[0] for run in each),
-                   statistics.mean(seconds(run)[1] for run in each)
-                   + sum(seconds(shared[name])[1] for name in ARMS[arm][1].values())]
+    times = {arm: [statistics.median(statistics.median(claims.step_seconds(run)) for run in each),
+                   statistics.mean(sum(claims.step_seconds(run)) for run in each)
+                   + sum(sum(claims.step_seconds(shared[name])) for name in ARMS[arm][1].values())]
              for arm, each in runs.items()}
     openings = [row["prompt"][-1]["content"].partition(": ")[2]
                 for row in claims.read_lines(data / "test_prompts.jsonl")]
     policies = {name: (args.model, *policy) for name, policy in POLICIES.items()} if args.scale == 1 else {}
     policies |= {"start": (shared["sft"], "", 1.0), args.arms[0]: (runs[args.arms[0]][0], "", 1.0)}
     states = list(at_once(true_states, [
-        (folder / f"states_{file_name(name)}_{Path(run).name}.json", run, openings[:60], system, temperature)
-        for name, (run, system, temperature) in policies.items()]))
+        (folder / f"states_{claims.file_name(name)}_{Path(run).name}.json", run, openings[:60], system, t)
+        for name, (run, system, t) in policies.items()]))
     gvms = [name for name in shared if "gvm" in name]
     errors = at_once(value_error, [(shared[name], found) for name in gvms for found in states])
     return {"numbers": numbers, "tuned": tuned, "seconds": times,
             "values": {name: {policy: next(errors) for policy in policies} for name in gvms},
             "curves": {arm: [curve(run) for run in each] for arm, each in runs.items() if arm != "DPO"},
+            "commits": sorted({Path(run, "commit.txt").read_text() for run in [*made, *shared.values()]}),
             "machine": claims.machine()}, openings, shared[gvms[0]], data
 
 
@@ -391,7 +374,7 @@ def report(args, found):
                                     for name in start if name != "answers"}
     for arm in numbers:
         columns = [claims.cell(each[name][arm], 2) for name in (
-            "score", "wins", "kl", "objective", "length", "perplexity", "distinct-2")]
+            "score", "wins", "kl", "objective", "length", "perplexity", "distinct-2", "different")]
         at_2 = [score_at(2, start["score"], curve) for curve in found["curves"].get(arm, [])]
         columns.insert(4, claims.cell(at_2, 2) if at_2 and None not in at_2 else "")
         pairs = zip(found["curves"].get(arm, []), found["curves"].get("PPO", []))
@@ -412,13 +395,14 @@ def report(args, found):
     shared = f", {args.jobs} at a time: seconds are of runs that shared the machine" if args.jobs > 1 else ""
     lines = [f"# {__doc__.splitlines()[0]}", "", *(f"    {line}" for line in about), "",
              f"`python experiments/sentiment.py {command}`, model {args.model}, precision {args.precision}, "
-             f"commit {claims.commit()}, {found['machine']}{shared}. Mean, 95 % interval over the seeds.", "",
+             f"runs of commit {', '.join(found['commits'])}, page of {claims.commit()}, "
+             f"{found['machine']}{shared}. Mean, 95 % interval over the seeds.", "",
              *claims.table("claim | verdict | numbers", [
                  (x, f"**{a}**", b) for x, (a, b) in verdicts.items()]), "",
              "![sentiment](sentiment.png)", "",
              *claims.table("arm | true score | wins over the start | KL, nats | objective | score at 2 nats "
-                           "| steps to PPO's last score | tokens | perplexity | distinct-2 | seconds a step "
-                           "| minutes in all | rate", rows), "",
+                           "| steps to PPO's last score | tokens | perplexity | distinct-2 "
+                           "| different answers | seconds a step | minutes in all | rate", rows), "",
              "Minutes in all: the policy's training, and that of the GVM or the reward model it needs.", "",
              "The value models against the true Q, by place in the answer.", "",
              *claims.table("value model | policy | place | correlation | error | variance of Q | states", [
