@@ -66,7 +66,7 @@ def test_sentiment_runs_through(sentiment, runs, tmp_path, monkeypatch, capsys):
     assert all(0 < x["distinct-2"] <= 1 and x["perplexity"] > 1 and len(x["answers"]) == 6 for seeds in found["numbers"].values() for x in seeds)
     best = {arm: float(max(rates, key=lambda x: rates[x][0])) for arm, rates in found["tuned"]["rates"].items()}
     best["DVPO, pairs, KL 0.003"] = best["DVPO, pairs"]
-    assert {run.name for run in (tmp_path / "runs").glob("*_2_1")} == {sentiment.file_name(f"{arm}_{lr:g}_2_1") for arm, lr in best.items()}
+    assert {run.name for run in (tmp_path / "runs").glob("*_2_1")} == {claims.file_name(f"{arm}_{lr:g}_2_1") for arm, lr in best.items()}
     page = (tmp_path / "results" / "sentiment.md").read_text()
     assert page.count("\n| PPO |") == 2 and "nan" not in page.replace("(nan to nan)", "")
     assert (tmp_path / "results" / "sentiment.png").exists() and (tmp_path / "results" / "sentiment_tokens.png").exists()
