@@ -415,7 +415,9 @@ def save_run(accelerator, model, state, tokenizer, output, about):
         card = f"---\nlibrary_name: transformers\ntags: [dvpo]\n---\n{about}\n\n    {' '.join(sys.argv)}\n"
         tokenizer.save_pretrained(output)
         (output / "README.md").write_text(card)
-        accelerator.unwrap_model(model).save_pretrained(output, state_dict=state)
+        model = accelerator.unwrap_model(model)
+        tied = model.all_tied_weights_keys                    # ZeRO-1 and -2 have copied them
+        model.save_pretrained(output, state_dict={key: x for key, x in state.items() if key not in tied})
     accelerator.wait_for_everyone()
 
 
