@@ -519,7 +519,7 @@ def save_run(accelerator, model, state, tokenizer, output, about):
         tokenizer.save_pretrained(output)
         (output / "README.md").write_text(card)
         model = accelerator.unwrap_model(model)
-        tied = model.all_tied_weights_keys                    # ZeRO-1 and -2 have copied them
+        tied = model.all_tied_weights_keys                    # ZeRO-1 and -2 copy them: save them once
         model.save_pretrained(output, state_dict={key: x for key, x in state.items() if key not in tied})
     accelerator.wait_for_everyone()
 

@@ -138,10 +138,10 @@ def answer(seeds, per_seed):
                   "gradient of single rollouts | noise, log10", [
                       [kind, per_seed("noise", kind)] for kind in KINDS])]
     picture, panel = plt.subplots(figsize=(6, 4))
-    ends = range(BLOCK, 1000, BLOCK)
     for seed, blocks in zip(seeds, per_seed("blocks")):
         means, errors = zip(*blocks)
-        panel.errorbar(ends[:len(blocks)], means, [2 * e for e in errors], label=seed)
+        ends = [BLOCK * (n + 1) for n in range(len(blocks))]
+        panel.errorbar(ends, means, [2 * e for e in errors], label=seed)
     claims.label(panel, "True score along DVPO, two standard errors", "step", "oracle score")
     finding = (f"{100 * mean(share):.0f} % of the variance of true values is over policies; "
                f"{100 * mean(declines):.0f} % of the blocks of ten steps decline.")
