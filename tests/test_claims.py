@@ -16,7 +16,7 @@ from transformers import AutoModelForTokenClassification
 import atlas
 import claims
 
-NAMES = [*re.search("CLAIMS := (.*)", (ROOT / "Makefile").read_text())[1].split(), "deviations", "horizon", "improve", "properties"]
+NAMES = [*re.search("CLAIMS := (.*)", (ROOT / "Makefile").read_text())[1].split(), "deviations", "improve"]
 QUESTION, ANSWER = "Is Japan an island?", "Yes, Japan is an island country."
 
 
