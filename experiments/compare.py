@@ -11,7 +11,9 @@ Method      A world per seed, and in it one SFT model, one set of scored answers
             Tuning, in worlds of its own, alike for each arm, one knob after the other: four learning rates,
             three KL coefficients (DPO: beta), three values of another knob; where the best of the first two
             is at its edge, up to two values beyond. In runs of a third of the steps; of the best two settings
-            the one that is better after all steps. Chosen by the oracle there.
+            the one that is better after all steps, and from there, up to three times, whichever is better: a
+            third of the learning rate, or three times the KL coefficient (what suits a short run goes too far
+            in a long one). Chosen by the oracle there.
             Then other worlds: final score of 32 answers per held-out question; the rollouts' score after the
             five steps whose mean own signal (reward or value) was highest; score against KL, rollouts and
             seconds, the training of reward model and GVM and its labels included.
@@ -199,6 +201,14 @@ def tune(args, sweep_steps, steps):
                 jobs[arm] = [settings for settings in tries if settings not in so_far]
             try_all(jobs, sweep_steps)
     try_all({arm: ranked(arm, sweep_steps)[:2] for arm in EQUAL}, steps)
+    for _ in range(3):                                        # more steps: a smaller rate or a larger penalty
+        jobs = {}
+        for arm in EQUAL:
+            best, penalty = ranked(arm, steps)[0], "beta" if arm == "DPO" else "kl_coef"
+            tries = [best | {name: float(f"{best[name] * factor:.2g}")}
+                     for name, factor in (("lr", 1 / 3), (penalty, 3))]
+            jobs[arm] = [settings for settings in tries if settings not in ranked(arm, steps)]
+        try_all(jobs, steps)
     args.made_with = worlds.made_with
     chosen = {arm: ranked(arm, steps)[0] for arm in EQUAL}
     return chosen | {"DVPO, oracle": chosen["DVPO"]}, tried
@@ -298,12 +308,12 @@ def report(results, per_seed):
             "arm | difference | verdict | p, Holm's correction", [
                 [arm, x, f"**{verdict(x, corrected[arm])}**", f"{corrected[arm]:.3f}"]
                 for arm, x in differences.items()])]
-    tries = [[arm, "; ".join(", ".join(f"{name} {value:g}" for name, value in settings.items())
-                             + f": {mean(scores):.3f}" for settings, _, scores in tries)]
+    tries = [[arm, *("; ".join(", ".join(f"{name} {value:g}" for name, value in settings.items())
+                               + f": {mean(scores):.3f}" for settings, n, scores in tries if n == steps)
+                     for steps in (results["sweep_steps"], results["steps"]))]
              for arm, tries in results["tried"].items()]
-    lines += ["", "## Tuning", "", f"Worlds {results['sweep_seeds']}; mean of the oracle's scores there. "
-              f"{results['sweep_steps']} steps, the last two {results['steps']}.", "",
-              *claims.table("arm | tries", tries)]
+    lines += ["", "## Tuning", "", f"Worlds {results['sweep_seeds']}; mean of the oracle's scores there.", "",
+              *claims.table(f"arm | {results['sweep_steps']} steps | {results['steps']} steps", tries)]
     return lines
 
 
