@@ -40,7 +40,7 @@ import train_dvpo
 from claims import minus
 from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
-MARGIN, ROLLOUTS, WINDOW = 0.03, 40, 5                        # rollouts of a step: 8 groups of 5
+MARGIN, ROLLOUTS, WINDOW, CLIMBS = 0.03, 40, 5, 3             # rollouts of a step: 8 groups of 5
 # {knob: values tried}; the first value is the script's own, but for lr.
 BASE = {"lr": [1e-5, 3e-5, 1e-4, 3e-4], "kl_coef": [0.05, 0.02, 0.15]}
 DVPO, PPO = BASE | {"gae_lambda": [0.95, 0.8, 1.0]}, BASE | {"critic_lr": [5e-4, 1.5e-4, 1.5e-3]}
@@ -201,12 +201,12 @@ def tune(args, sweep_steps, steps):
                 jobs[arm] = [settings for settings in tries if settings not in so_far]
             try_all(jobs, sweep_steps)
     try_all({arm: ranked(arm, sweep_steps)[:2] for arm in EQUAL}, steps)
-    for _ in range(3):                                        # more steps: a smaller rate or a larger penalty
+    for _ in range(CLIMBS):                                   # more steps: a smaller rate or a larger penalty
         jobs = {}
         for arm in EQUAL:
-            best, penalty = ranked(arm, steps)[0], "beta" if arm == "DPO" else "kl_coef"
+            best = ranked(arm, steps)[0]
             tries = [best | {name: float(f"{best[name] * factor:.2g}")}
-                     for name, factor in (("lr", 1 / 3), (penalty, 3))]
+                     for name, factor in (("lr", 1 / 3), ("kl_coef", 3), ("beta", 3)) if name in best]
             jobs[arm] = [settings for settings in tries if settings not in ranked(arm, steps)]
         try_all(jobs, steps)
     args.made_with = worlds.made_with

@@ -63,10 +63,11 @@ def test_every_arm_s_flags_are_its_script_s(monkeypatch, tmp_path):
 
 def test_tuning_takes_a_knob_after_the_other_and_goes_beyond_the_edge(monkeypatch):
     """The best of a made-up score, at lr 3e-5, KL 0.45 and gae_lambda 0.8, is found; of the last two the one that is better
-    after all steps."""
+    after all steps, and from there what is best for these: a smaller lr, a larger KL coefficient."""
     def made_up(settings, steps):
-        return sum(-abs(math.log(settings[name] / goal)) for name, goal in (("lr", 3e-5), ("kl_coef", 0.45))) - abs(
-            settings["gae_lambda"] - (0.8 if steps == 60 else 0.95))
+        goals = {60: (3e-5, 0.45, 0.8), 120: (1e-5, 1.35, 0.95)}[steps]
+        return sum(-abs(math.log(settings[name] / goal)) for name, goal in zip(("lr", "kl_coef"), goals)) - abs(
+            settings["gae_lambda"] - goals[2])
 
     def over_seeds(run_seed, args, steps, jobs, samples):
         args.made_with = "commit x"
@@ -76,8 +77,8 @@ def test_tuning_takes_a_knob_after_the_other_and_goes_beyond_the_edge(monkeypatc
     monkeypatch.setattr(claims, "over_seeds", over_seeds)
     monkeypatch.setattr(compare, "EQUAL", ["DVPO"])
     chosen, tried = compare.tune(argparse.Namespace(sweep_seeds=[1, 2]), 60, 120)
-    assert chosen["DVPO"] == chosen["DVPO, oracle"] == {"lr": 3e-5, "kl_coef": pytest.approx(0.45), "gae_lambda": 0.95}
-    assert [steps for _, steps, _ in tried["DVPO"]] == [60] * (4 + 2 + 2 + 2) + [120, 120]   # 0.45, then 1.35
+    assert chosen["DVPO"] == chosen["DVPO, oracle"] == {"lr": 1e-5, "kl_coef": 1.3, "gae_lambda": 0.95}
+    assert [steps for _, steps, _ in tried["DVPO"]] == [60] * (4 + 2 + 2 + 2) + [120] * (2 + 3 * 2)   # 0.45, then 1.35
 
 
 def test_a_value_model_as_a_reward_model(runs, tmp_path):
@@ -109,6 +110,7 @@ def test_it_runs_through(world, tmp_path, monkeypatch, capsys):
                                           for arm, (script, inputs, knobs) in compare.ARMS.items()})
     monkeypatch.setattr(sys, "argv", ["compare.py", "--seeds", "21", "--sweep_seeds", "20", "--steps", "240", "--sweep_steps", "40", "--rounds", "1", "--jobs", "1", "--scale",
                                       "0.05", "--samples", "2", "--runs", str(tmp_path / "runs"), "--output", str(tmp_path)])
+    monkeypatch.setattr(compare, "CLIMBS", 1)
     monkeypatch.setattr("os.cpu_count", lambda: 1)             # threads: it leaves as many as it finds here
     monkeypatch.chdir(ROOT)
     compare.main()
