@@ -10,10 +10,10 @@ Method      A world per seed, and in it one SFT model, one set of scored answers
             oracle's scores (and whose settings are those of "DVPO").
             Tuning, in worlds of its own, alike for each arm, one knob after the other: four learning rates,
             three KL coefficients (DPO: beta), three values of another knob; where the best of the first two
-            is at its edge, up to two values beyond. In runs of a third of the steps; of the best two settings
-            the one that is better after all steps, and from there, up to three times, whichever is better: a
-            third of the learning rate, or three times the KL coefficient (what suits a short run goes too far
-            in a long one). Chosen by the oracle there.
+            is at its edge, up to two values beyond. These in runs of a third of the steps; the best two
+            settings in runs of all. From the better one the search goes on, up to three times, to a third of
+            the learning rate or three times the KL coefficient, where that is better: what suits a short run
+            goes too far in a long one. Chosen by the oracle there.
             Then other worlds: final score of 32 answers per held-out question; the rollouts' score after the
             five steps whose mean own signal (reward or value) was highest; score against KL, rollouts and
             seconds, the training of reward model and GVM and its labels included.

@@ -62,8 +62,8 @@ def test_every_arm_s_flags_are_its_script_s(monkeypatch, tmp_path):
 
 
 def test_tuning_takes_a_knob_after_the_other_and_goes_beyond_the_edge(monkeypatch):
-    """The best of a made-up score, at lr 3e-5, KL 0.45 and gae_lambda 0.8, is found; of the last two the one that is better
-    after all steps, and from there what is best for these: a smaller lr, a larger KL coefficient."""
+    """The best of a made-up score, at lr 3e-5, KL 0.45 and gae_lambda 0.8, is found in short runs; after all steps,
+    where a smaller lr and a larger KL coefficient are best, these are."""
     def made_up(settings, steps):
         goals = {60: (3e-5, 0.45, 0.8), 120: (1e-5, 1.35, 0.95)}[steps]
         return sum(-abs(math.log(settings[name] / goal)) for name, goal in zip(("lr", "kl_coef"), goals)) - abs(
