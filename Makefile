@@ -1,4 +1,4 @@
-# make demo | make compare | make test        SEED=3: another seed.  PYTHON=python3 VENV= : the current environment, nothing installed
+# make demo | make compare | make test        SEED=3: another demo.  PYTHON=python3 VENV= : the current environment, nothing installed
 PYTHON ?= python3
 VENV   ?= .venv
 SEED   ?= 1
@@ -25,7 +25,7 @@ help:
 	@echo "make test      ruff and the tests; make test-all: the slow ones too, then all in reverse order"
 	@echo "make test-resume  kills each training script three times at random moments and resumes it; minutes (KILLS=30: more)"
 	@echo "make test-peers  losses and advantages against trl's and verl's own (installs them in .venv-peers)"
-	@echo "options        SEED=3 (every seed) | RUN=folder (default runs/atlas) | PYTHON=python3 VENV= (no new environment)"
+	@echo "options        SEED=3 (demo, real, assignment, bugs) | RUN=folder (of the demo; default runs/atlas) | PYTHON=python3 VENV= (no new environment)"
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -7,19 +7,21 @@ Method      A world per seed, and in it one SFT model, one set of scored answers
             scores of these answers: a GVM ("DVPO", the paper's own arm). "PPO, critic from the GVM": its
             critic starts as the pairs' GVM. "GRPO, GVM's last value": the pairs' GVM as a reward model, its
             knowledge without token-level credit. Apart, for it knows more: "DVPO, oracle", whose GVM has the
-            oracle's scores (and whose settings are those of "DVPO").
+            oracle's scores of the same answers (and whose settings are those of "DVPO").
             Tuning, in worlds of its own, alike for each arm, one knob after the other: four learning rates,
             three KL coefficients (DPO: beta), three values of another knob; where the best of the first two
             is at its edge, up to two values beyond. These in runs of a third of the steps; the best two
             settings in runs of all. From the better one the search goes on, up to three times, to a third of
             the learning rate or three times the KL coefficient, where that is better: what suits a short run
-            goes too far in a long one. Chosen by the oracle there.
+            goes too far in a long one. Then the third knob once more. Chosen by the oracle there. DPO has no
+            steps: all its tries are whole runs, its third knob is their length, and its rate falls to 0.
             Then other worlds: final score of 32 answers per held-out question; the rollouts' score after the
             five steps whose mean own signal (reward or value) was highest; score against KL, rollouts and
             seconds, the training of reward model and GVM and its labels included.
-            Verdicts: by the 95 % interval of the differences (Student's t over worlds) and the margin; where
-            Holm's correction of the exact sign-flip test leaves p at 0.05 or more, a difference is "not
-            decided". Times per step: arms taking turns.
+            Verdicts: "better" or "worse" where Holm's correction of the exact sign-flip test, over all rows
+            of both tables, leaves p below 0.05; else by the margin and the 95 % interval of the differences
+            (Student's t over worlds, not corrected). Times: one world, all threads, an idle machine; per
+            step, arms taking turns.
 Command     python experiments/compare.py             (make compare; hours, and it can be stopped)
 Result      experiments/results/compare.json, .md and .png
 """
@@ -27,6 +29,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -57,14 +60,15 @@ ARMS = {   # name: (script, {flag: folder of the world}, knobs)
     "ReMax": ("baselines.remax", {"reward_model": "reward_model"}, {
         "lr": [3e-5, 1e-4, 3e-4, 1e-3], "kl_coef": [0.05, 0.01, 0.02, 0.15, 0.3]}),
     "DPO": ("baselines.dpo", {}, {"lr": BASE["lr"], "beta": [0.1, 0.03, 0.3], "epochs": [1, 2, 3]}),
-    "DVPO, oracle": ("train_dvpo", {"gvm": "gvm"}, {})}
+    "DVPO, oracle": ("train_dvpo", {"gvm": "gvm_oracle"}, {})}
 EQUAL = [arm for arm in ARMS if arm != "DVPO, oracle"]
 TRAINED = {"DVPO": ["reward_model", "labelled", "gvm_labelled"], "DVPO, pairs": ["gvm_pairs"],
            "PPO": ["reward_model"], "PPO, critic from the GVM": ["reward_model", "gvm_pairs"],
            "GRPO": ["reward_model"], "GRPO, GVM's last value": ["gvm_pairs"], "ReMax": ["reward_model"],
-           "DPO": [], "DVPO, oracle": ["gvm"]}
+           "DPO": [], "DVPO, oracle": ["gvm_oracle"]}
 PARTS = ("generate", "score", "update")
-GVMS = {"gvm_labelled": "the reward model's scores", "gvm_pairs": "pairs", "gvm": "the oracle's scores"}
+GVMS = {"gvm_labelled": "the reward model's scores", "gvm_pairs": "pairs",
+        "gvm_oracle": "the oracle's scores"}
 
 
 # ---- 1. A world and its runs ----
@@ -73,19 +77,21 @@ def newer(made, source):
 
 
 @torch.no_grad()
-def label(folder, start):
-    """A data folder in which the answers of the pairs have the reward model's scores."""
-    output, source = folder / "labelled", folder / "reward_model" / "model.safetensors"
+def label(output, start, reward_model=None):
+    """A data folder in which the answers of the pairs have the reward model's scores, or the oracle's."""
+    source = (reward_model or start["data"]) / ("model.safetensors" if reward_model else "pairs.jsonl")
     if newer(output / "metrics.jsonl", source):
         return output
-    began, model = time.time(), AutoModelForSequenceClassification.from_pretrained(source.parent).eval()
-    tokenizer, pairs = train_dvpo.load_tokenizer(str(source.parent)), claims.read_lines(
-        start["data"] / "pairs.jsonl")
+    began, pairs = time.time(), claims.read_lines(start["data"] / "pairs.jsonl")
     rows = [{"prompt": prompt, "response": response} for prompt, response in dict.fromkeys(
         (row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected"))]
+    if reward_model:
+        model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
+        tokenizer = train_dvpo.load_tokenizer(str(reward_model))
     for row in rows:
-        ids = evaluate.encode_conversation(model.config, tokenizer, row["prompt"], row["response"])
-        row["reward"] = model(torch.tensor([ids])).logits.item()
+        if reward_model:
+            ids = evaluate.encode_conversation(model.config, tokenizer, row["prompt"], row["response"])
+        row["reward"] = model(torch.tensor([ids])).logits.item() if reward_model else claims.score(row)
     claims.write_lines(output / "scored.jsonl", rows)
     claims.write_lines(output / "test_pairs.jsonl", claims.read_lines(start["data"] / "test_pairs.jsonl"))
     claims.write_lines(output / "metrics.jsonl", [{"seconds_label": time.time() - began}])
@@ -109,8 +115,9 @@ def prepare(folder, seed, scale):
     sft, start, _ = claims.base(folder, seed, scale)
     claims.train_reward_model(folder / "reward_model", sft, start)
     claims.train_gvm(folder / "gvm_pairs", sft, start, supervision="pairs")
-    claims.train_gvm(folder / "gvm_labelled", sft, start | {"data": label(folder, start)})
-    claims.train_gvm(folder / "gvm", sft, start)
+    claims.train_gvm(folder / "gvm_labelled", sft, start | {
+        "data": label(folder / "labelled", start, folder / "reward_model")})
+    claims.train_gvm(folder / "gvm_oracle", sft, start | {"data": label(folder / "oracle_labelled", start)})
     as_reward_model(folder / "gvm_pairs", folder / "gvm_as_reward")
     return start | {"model": sft}
 
@@ -151,18 +158,20 @@ def run_seed(folder, seed, scale, steps, jobs, samples):
     sft, data = start["model"], start["data"]
     found = {"SFT": measure(sft, sft, data, samples, seed),
              "ranked": {gvm: claims.pair_accuracy(folder / gvm)["last"] for gvm in GVMS}}
+    measured = claims.read_lines(folder / "reward_model" / "metrics.jsonl")[-1]
+    found["ranked"]["reward_model"] = measured["pair_accuracy"]
     for arm, tries in jobs.items():
         for settings in tries:
             settings = settings if arm == "DPO" else {"steps": steps} | settings
             words = "_".join(f"{name}{value:g}" for name, value in settings.items())
             try:
                 run = train(folder / f"{claims.file_name(arm)}_{words}", arm, folder, start, settings)
-            except SystemExit:                                # not finite: the lowest score
+            except SystemExit as error:                       # diverged: the lowest score
+                if "gradient norm" not in str(error):
+                    raise
                 found.setdefault(arm, []).append({"oracle": -1.0})
                 continue
             record = measure(run, sft, data, samples, seed)
-            record |= {"seconds": sum(claims.step_seconds(run)),
-                       "before": sum(sum(claims.step_seconds(folder / x)) for x in TRAINED[arm])}
             if arm != "DPO":
                 rows = claims.read_lines(run / "metrics.jsonl")
                 record |= {"curve": [round(mean(x), 4) for x in claims.by_step(run, claims.score)],
@@ -209,25 +218,38 @@ def tune(args, sweep_steps, steps):
                      for name, factor in (("lr", 1 / 3), ("kl_coef", 3), ("beta", 3)) if name in best]
             jobs[arm] = [settings for settings in tries if settings not in ranked(arm, steps)]
         try_all(jobs, steps)
+    jobs = {}
+    for arm in EQUAL:                                         # and the third knob, as it is in a long run
+        best, (name, values) = ranked(arm, steps)[0], [*ARMS[arm][2].items(), (None, []), (None, [])][2]
+        jobs[arm] = [best | {name: x} for x in values if best | {name: x} not in ranked(arm, steps)]
+    try_all(jobs, steps)
     args.made_with = worlds.made_with
     chosen = {arm: ranked(arm, steps)[0] for arm in EQUAL}
     return chosen | {"DVPO, oracle": chosen["DVPO"]}, tried
 
 
 # ---- 3. Times ----
-def step_times(args, chosen):
-    """{arm: {"generate", "score", "update", "total": median seconds of a step}}, arms taking turns."""
-    folder, times = Path(args.runs, f"seed{args.seeds[0]}"), {}
-    start = prepare(folder, args.seeds[0], args.scale)
+def take_times(args, chosen, steps):
+    """{arm: {"before", "step", "all": seconds; of a step "generate", "score", "update"}} in a world of the
+    first seed that is made anew. before: reward model, labels, GVM. A step: the median, arms taking turns."""
     torch.set_num_threads(os.cpu_count())
-    for number in range(args.rounds):
-        for arm in ("DVPO, pairs", "PPO", "GRPO", "ReMax"):
-            output = train(Path(args.runs, "times", f"{claims.file_name(arm)}_{number}"), arm, folder,
-                           start | {"seed": number}, chosen[arm] | {"steps": 8})
-            times.setdefault(arm, []).extend(claims.read_lines(output / "metrics.jsonl")[1:])   # 1 warms up
-    return {arm: {part: median(row[f"seconds_{part}"] for row in rows) for part in PARTS} |
-            {"total": median(sum(row[f"seconds_{part}"] for part in PARTS) for row in rows)}
-            for arm, rows in times.items()}
+    shutil.rmtree(Path(args.runs, "times"), ignore_errors=True)
+    folder, rows = Path(args.runs, "times", f"seed{args.seeds[0]}"), {}
+    start = prepare(folder, args.seeds[0], args.scale)
+    for number, arm in itertools.product(range(args.rounds), ARMS):
+        if arm != "DPO":
+            output = train(folder / f"{claims.file_name(arm)}_{number}", arm, folder, start | {
+                "seed": number}, chosen[arm] | {"steps": 8})
+            rows.setdefault(arm, []).extend(claims.read_lines(output / "metrics.jsonl")[1:])    # 1 warms up
+    dpo = train(folder / "DPO", "DPO", folder, start, chosen["DPO"])
+    found = {"DPO": {"all": sum(claims.step_seconds(dpo))}}
+    for arm, steps_of in rows.items():
+        parts = [[row[f"seconds_{part}"] for part in PARTS] for row in steps_of]
+        found[arm] = dict(zip(PARTS, map(median, zip(*parts)))) | {
+            "before": sum(sum(claims.step_seconds(folder / x)) for x in TRAINED[arm]),
+            "step": median(map(sum, parts))}
+        found[arm]["all"] = found[arm]["before"] + steps * found[arm]["step"]
+    return found
 
 
 # ---- 4. The answer ----
@@ -248,9 +270,10 @@ def holm(ps):
 
 def verdict(differences, p):
     """In words, by the 95 % interval, the corrected p-value and the margin."""
-    _, low, high = claims.interval(differences)
-    if p < 0.05 and (low > 0 or high < 0):
-        return "better" if low > 0 else "worse"
+    average, low, high = claims.interval(differences)
+    if p < 0.05:
+        within = f", by less than {MARGIN}" if low > -MARGIN and high < MARGIN else ""
+        return ("better" if average > 0 else "worse") + within
     if low > -MARGIN:
         return f"equal within {MARGIN}" if high < MARGIN else f"not worse by more than {MARGIN}"
     return f"not better by more than {MARGIN}" if high < MARGIN else "not decided"
@@ -278,38 +301,48 @@ def report(results, per_seed):
     """Lines of compare.md."""
     sft, rows, lines = per_seed("SFT", "oracle"), [], []
     for arm in ARMS:
-        step, scores = results["step_seconds"].get(arm), per_seed(arm, "oracle")
-        total = mean(per_seed(arm, "seconds")) + mean(per_seed(arm, "before"))
-        early = [""] * 2
+        scores, early = per_seed(arm, "oracle"), [""] * 2
         if arm != "DPO":
             early = [list(x) for x in zip(*(stopped(seed[arm]) for seed in results["seeds"].values()))]
             early = [f"{mean(early[0]):.0f}", early[1]]
         settings = ", ".join(f"{name} {value:g}" for name, value in results["chosen"][arm].items())
         rows.append([arm, settings, scores, minus(scores, sft), per_seed(arm, "wins"), per_seed(arm, "kl"),
-                     per_seed(arm, "length"), *early, f"{total:.0f}", f"{step['total']:.2f}" if step else ""])
+                     per_seed(arm, "length"), *early])
     lines += claims.table("arm | settings | oracle score | gain over SFT | win rate over SFT | KL, nats | "
-                          "length | own signal's best step | rollouts' score after it | seconds in all | "
-                          "seconds a step", [
-                              ["SFT", "", sft, "", "", "0", per_seed("SFT", "length"), *[""] * 4], *rows])
+                          "length | own signal's best step | rollouts' score after it", [
+                              ["SFT", "", sft, "", "", "0", per_seed("SFT", "length"), "", ""], *rows])
+    lines += ["", "Scores and KL are of held-out questions; the last column is of training questions. ReMax "
+              "makes one update per step, the others four; it also writes a greedy answer to each prompt, "
+              "which counts as time, not as a rollout.", "", "## Seconds (Tables 6 and 7)", "",
+              "Before: reward model, labels, GVM. Memory: [compute.md](compute.md).", ""]
+    ppo = results["seconds"]["PPO"]
+    lines += claims.table("arm | before | a step | generate | score | update | all | "
+                          "a step, of PPO's | all, of PPO's", [
+                              [arm, *(f"{x[name]:.2f}" if name in x else "" for name in (
+                                  "before", "step", *PARTS)), f"{x['all']:.0f}",
+                               f"{x['step'] / ppo['step']:.2f}" if "step" in x else "",
+                               f"{x['all'] / ppo['all']:.2f}"] for arm, x in results["seconds"].items()])
     lines += ["", "## Stability (Appendix F)", "", "The rollouts of GRPO's steps are of 8 "
               "prompts, the other arms' of 40: part of its falls is the prompts'.", "", *claims.table(
-        "arm | deepest fall of the rollouts' score | deviation of the final score over worlds", [
-            [arm, [drawdown(seed[arm]) for seed in results["seeds"].values()],
-             f"{stdev(per_seed(arm, 'oracle')):.3f}" if len(sft) > 1 else ""]
-            for arm in ARMS if arm != "DPO"])]
+        "arm | deepest fall of the rollouts' score | deviation of the gain over worlds", [
+            [arm, [drawdown(seed[arm]) for seed in results["seeds"].values()] if arm != "DPO" else "",
+             f"{stdev(minus(per_seed(arm, 'oracle'), sft)):.3f}" if len(sft) > 1 else ""] for arm in ARMS])]
     lines += ["", "## Value models (Table 9)", "", *claims.table(
-        "GVM learns from | held-out pairs ranked correctly, last value", [
-            [words, per_seed("ranked", gvm)] for gvm, words in GVMS.items()])]
+        "learns from | held-out pairs ranked correctly, last value", [
+            *([f"GVM, {words}", per_seed("ranked", gvm)] for gvm, words in GVMS.items()),
+            ["reward model, pairs", per_seed("ranked", "reward_model")]])]
+    differences = {(arm, rival): minus(per_seed(arm, "oracle"), per_seed(rival, "oracle"))
+                   for rival in ("PPO", "DVPO, pairs") for arm in EQUAL
+                   if arm != rival and (arm, rival) != ("PPO", "DVPO, pairs")}
+    corrected = holm({rows: sign_flips(x) for rows, x in differences.items()})
     for rival in ("PPO", "DVPO, pairs"):
-        others = [arm for arm in EQUAL if arm != rival]
-        differences = {arm: minus(per_seed(arm, "oracle"), per_seed(rival, "oracle")) for arm in others}
-        corrected = holm({arm: sign_flips(x) for arm, x in differences.items()})
         lines += ["", f"## Minus {rival}, world by world", "", *claims.table(
             "arm | difference | verdict | p, Holm's correction", [
-                [arm, x, f"**{verdict(x, corrected[arm])}**", f"{corrected[arm]:.3f}"]
-                for arm, x in differences.items()])]
+                [rows[0], x, f"**{verdict(x, corrected[rows])}**", f"{corrected[rows]:.3f}"]
+                for rows, x in differences.items() if rows[1] == rival])]
     tries = [[arm, *("; ".join(", ".join(f"{name} {value:g}" for name, value in settings.items())
-                               + f": {mean(scores):.3f}" for settings, n, scores in tries if n == steps)
+                               + f": {mean(scores):.3f}" for settings, n, scores in tries
+                               if n == steps and (arm != "DPO" or steps == results["steps"]))
                      for steps in (results["sweep_steps"], results["steps"]))]
              for arm, tries in results["tried"].items()]
     lines += ["", "## Tuning", "", f"Worlds {results['sweep_seeds']}; mean of the oracle's scores there.", "",
@@ -317,21 +350,20 @@ def report(results, per_seed):
     return lines
 
 
-def draw(seeds, steps):
+def draw(seeds, steps, seconds):
     """Score against rollouts, KL and total seconds; means over worlds of WINDOW steps."""
     picture, panels = plt.subplots(1, 3, figsize=(15, 4.5))
     for arm in ARMS:
         records = [seed[arm] for seed in seeds.values()]
         if arm == "DPO":
-            x = [mean(record[name] for record in records) for name in ("kl", "seconds")]
+            x = [mean(record["kl"] for record in records), seconds[arm]["all"]]
             for panel, value in zip(panels[1:], x):
                 panel.plot(value, mean(record["oracle"] for record in records), "k*", label="DPO, held out")
             continue
         ends = range(WINDOW, steps + 1, WINDOW)
         score, kl = ([mean(sum((record[name][end - WINDOW:end] for record in records), [])) for end in ends]
                      for name in ("curve", "curve_kl"))
-        before, online = (mean(record[name] for record in records) for name in ("before", "seconds"))
-        time = [before + online * end / steps for end in ends]
+        time = [seconds[arm]["before"] + seconds[arm]["step"] * end for end in ends]
         for panel, x in zip(panels, ([end * ROLLOUTS for end in ends], kl, time)):
             panel.plot(x, score, label=arm, linewidth=1)
     for panel, x in zip(panels, ("rollouts", "KL to SFT (nats per answer)", "seconds, all training")):
@@ -340,7 +372,7 @@ def draw(seeds, steps):
 
 
 def main():
-    parser = claims.parser(__doc__, range(11, 21), "runs/compare")
+    parser = claims.parser(__doc__, range(31, 41), "runs/compare")
     parser.add_argument("--sweep_seeds", type=int, nargs="*", default=[6, 7, 8, 9], help="none: no tuning")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--sweep_steps", type=int, default=40)
@@ -360,7 +392,7 @@ def main():
     results = {"command": command, "tuned with": tuned_with, "made with": args.made_with, "steps": steps,
                "chosen": chosen, "sweep_steps": sweep_steps, "sweep_seeds": args.sweep_seeds, "tried": tried,
                "seeds": seeds, "times with": f"commit {claims.commit()}, {claims.machine()}",
-               "step_seconds": step_times(args, chosen)}
+               "seconds": take_times(args, chosen, steps)}
     about = __doc__[__doc__.index("Hypothesis"):__doc__.index("Command")].rstrip().splitlines()
     lines = [f"# {__doc__.splitlines()[0]}", "", *(f"    {line}" for line in about), "",
              f"`{results['command']}`, {results['made with']}; tuned with {tuned_with or 'nothing'}; times "
@@ -368,7 +400,8 @@ def main():
              "worlds and its 95 % interval (Student's t).", "",
              *report(results, lambda *keys: claims.per_seed(seeds, *keys)), "", "![compare](compare.png)"]
     claims.write_result(args.output, "compare", results, lines)
-    draw(seeds, steps).savefig(Path(args.output, "compare.png"), dpi=110, bbox_inches="tight")
+    picture = draw(seeds, steps, results["seconds"])
+    picture.savefig(Path(args.output, "compare.png"), dpi=110, bbox_inches="tight")
     print("\n".join(lines))
 
 
