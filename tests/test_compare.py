@@ -71,7 +71,7 @@ def test_tuning_takes_a_knob_after_the_other_and_goes_beyond_the_edge(monkeypatc
         return sum(-abs(math.log(settings[name] / goal)) for name, goal in zip(("lr", "kl_coef"), goals)) - abs(
             settings["gae_lambda"] - goals[2])
 
-    def over_seeds(run_seed, args, steps, jobs, samples):
+    def over_seeds(run_seed, args, steps, jobs, samples, passes):
         args.made_with = "commit x"
         return {str(seed): {arm: [{"oracle": made_up(settings, steps)} for settings in tries] for arm, tries in jobs.items()}
                 for seed in args.seeds}
