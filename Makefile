@@ -84,7 +84,7 @@ else
 	$(PY) experiments/compare.py
 endif
 
-# Each is a script to be read and run alone. What is finished under runs/claims is kept: a stopped make claims goes on.
+# Each is a script to be read and run alone. What is finished under runs/claims is kept: a stopped make claims resumes.
 # QUICK: one seed, a tenth of data, steps and answers, and nothing written to results/.
 CLAIMS := equivalence credit tau drift advantage horizon kl scaling shift refresh properties
 QUICKLY := $(if $(QUICK),--seeds 21 --jobs 1 --scale 0.1 --runs runs/claims-quick --output runs/claims-quick/results)
@@ -92,7 +92,7 @@ claims: $(INSTALLED)
 	@for name in $(CLAIMS); do echo "==== $$name"; $(PY) experiments/$$name.py $(QUICKLY) || exit 1; done
 
 # A real language model: SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; one seed, a small form of
-# experiments/sentiment.py. What is finished under runs/real is kept: a stopped make real goes on.
+# experiments/sentiment.py. What is finished under runs/real is kept: a stopped make real resumes.
 REAL := runs/real/$(or $(notdir $(MODEL)),smollm2)
 PRECISION ?= $(shell grep -qs amx_bf16 /proc/cpuinfo && echo bf16 || echo no)
 real: $(INSTALLED)
