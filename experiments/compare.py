@@ -78,22 +78,27 @@ def newer(made, source):
     return made.exists() and made.stat().st_mtime >= source.stat().st_mtime
 
 
+def scorer(folder):
+    """The score of a row by the reward model in this folder."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = train_dvpo.load_tokenizer(str(folder))
+
+    def score(row):
+        ids = evaluate.encode_conversation(model.config, tokenizer, row["prompt"], row["response"])
+        return model(torch.tensor([ids])).logits.item()
+    return score
+
+
 @torch.no_grad()
-def label(output, start, reward_model=None):
-    """A data folder in which the answers of the pairs have the reward model's scores, or the oracle's."""
-    source = (reward_model or start["data"]) / ("model.safetensors" if reward_model else "pairs.jsonl")
+def label(output, start, source, score):
+    """A data folder in which the answers of the pairs have these scores; kept if newer than the source."""
     if newer(output / "metrics.jsonl", source):
         return output
     began, pairs = time.time(), claims.read_lines(start["data"] / "pairs.jsonl")
     rows = [{"prompt": prompt, "response": response} for prompt, response in dict.fromkeys(
         (row["prompt"], row[side]) for row in pairs for side in ("chosen", "rejected"))]
-    if reward_model:
-        model = AutoModelForSequenceClassification.from_pretrained(reward_model).eval()
-        tokenizer = train_dvpo.load_tokenizer(str(reward_model))
     for row in rows:
-        if reward_model:
-            ids = evaluate.encode_conversation(model.config, tokenizer, row["prompt"], row["response"])
-        row["reward"] = model(torch.tensor([ids])).logits.item() if reward_model else claims.score(row)
+        row["reward"] = score(row)
     claims.write_lines(output / "scored.jsonl", rows)
     claims.write_lines(output / "test_pairs.jsonl", claims.read_lines(start["data"] / "test_pairs.jsonl"))
     claims.write_lines(output / "metrics.jsonl", [{"seconds_label": time.time() - began}])
@@ -117,9 +122,11 @@ def prepare(folder, seed, scale, passes):
     sft, start, _ = claims.base(folder, seed, scale)
     claims.train_reward_model(folder / "reward_model", sft, start, epochs=passes)
     claims.train_gvm(folder / "gvm_pairs", sft, start, supervision="pairs")
-    claims.train_gvm(folder / "gvm_labelled", sft, start | {
-        "data": label(folder / "labelled", start, folder / "reward_model")})
-    claims.train_gvm(folder / "gvm_oracle", sft, start | {"data": label(folder / "oracle_labelled", start)})
+    by_model = label(folder / "labelled", start, folder / "reward_model" / "model.safetensors",
+                     scorer(folder / "reward_model"))
+    by_oracle = label(folder / "oracle_labelled", start, start["data"] / "pairs.jsonl", claims.score)
+    claims.train_gvm(folder / "gvm_labelled", sft, start | {"data": by_model})
+    claims.train_gvm(folder / "gvm_oracle", sft, start | {"data": by_oracle})
     as_reward_model(folder / "gvm_pairs", folder / "gvm_as_reward")
     return start | {"model": sft}
 
@@ -194,6 +201,9 @@ def tune(args, sweep_steps, steps):
             for i, settings in enumerate(tries):
                 tried[arm].append([settings, steps, [seed[arm][i]["oracle"] for seed in found.values()]])
 
+    def knob(arm, number):                                    # (name, values); ReMax has no third
+        return [*ARMS[arm][2].items(), (None, []), (None, [])][number]
+
     def ranked(arm, steps):
         tries = [x for x in tried[arm] if x[1] == steps]
         return [settings for settings, *_ in sorted(tries, key=lambda x: -mean(x[2]))]
@@ -202,7 +212,7 @@ def tune(args, sweep_steps, steps):
         for beyond in range(3 if number < 2 else 1):          # and beyond the edge, where that is best
             jobs = {}
             for arm in EQUAL:
-                name, values = [*ARMS[arm][2].items(), (None, []), (None, [])][number]
+                name, values = knob(arm, number)
                 so_far = ranked(arm, sweep_steps)
                 best = so_far[0] if so_far else {knob: x[0] for knob, x in ARMS[arm][2].items()}
                 if beyond and name:
@@ -222,7 +232,7 @@ def tune(args, sweep_steps, steps):
         try_all(jobs, steps)
     jobs = {}
     for arm in EQUAL:                                         # and the third knob, as it is in a long run
-        best, (name, values) = ranked(arm, steps)[0], [*ARMS[arm][2].items(), (None, []), (None, [])][2]
+        best, (name, values) = ranked(arm, steps)[0], knob(arm, 2)
         jobs[arm] = [best | {name: x} for x in values if best | {name: x} not in ranked(arm, steps)]
     try_all(jobs, steps)
     args.made_with = worlds.made_with
