@@ -7,14 +7,16 @@ Hypothesis  A frozen GVM errs most on the policy's own answers (shift.py). So th
 Method      A world per seed. Labels are preferences, the same for all: "data" is its pairs; in "own" a third
             of them are replaced with pairs of the SFT model's own answers to the same prompts, which the
             oracle labels; in both, answers of equal score make no pair. From each: a GVM (--supervision
-            pairs) for DVPO, a reward model for PPO; 60 steps of 64 rollouts, KL coefficient 0.05 or 0.3. Two
-            more GVMs of the data's pairs, in other orders.
+            pairs) for DVPO, a reward model for PPO; steps, rollouts and settings as compare.py chose them in
+            other worlds, with the KL coefficient that it chose ("KL 1") or six times as large. Two more GVMs
+            of the data's pairs, in other orders.
             Stops: after the five steps whose rollouts have the highest mean last value: by the GVM that
             guides, or by the mean of three GVMs minus their standard deviation. The true score of the five
             steps after them (luck has a part in choosing the five) is compared with that of the last five.
 Command     python experiments/improve.py --seeds 21 22 23 24 25
 Result      experiments/results/improve.json, .md, .png
 """
+import json
 import random
 from itertools import combinations
 from statistics import mean, pstdev
@@ -24,9 +26,10 @@ import matplotlib.pyplot as plt
 import torch
 from claims import claim, minus
 
-KL, WIDTH = (0.05, 0.3), 5
-NAMES = [f"{method}, {labels}, {kl:g}"
+KL, WIDTH = (1, 6), 5                                         # KL: times the coefficient of compare.py
+NAMES = [f"{method}, {labels}, KL {kl}"
          for method in ("DVPO", "PPO") for labels in ("data", "own") for kl in KL]
+COMPARED = json.loads((claims.ROOT / "experiments" / "results" / "compare.json").read_text())
 
 
 # ---- 1. One seed ----
@@ -66,7 +69,8 @@ def stop(curve, signal):
 
 def run_seed(folder, seed, scale):
     """{arm: {"score", "nats", "length" on held-out prompts, "curve", for DVPO of the data "stops"}}."""
-    sft, start, online = claims.base(folder, seed, scale, 60)
+    sft, start, online = claims.base(folder, seed, scale, COMPARED["steps"])
+    online |= {"batch_size": 40, "mini_batch_size": 20}        # as in compare.py
     pairs = claims.read_lines(start["data"] / "pairs.jsonl")
     third = len(pairs) // 3
     data = {"data": start["data"], "own": folder / "improve_own"}
@@ -79,20 +83,21 @@ def run_seed(folder, seed, scale):
         flags = start | {"data": pairs_of}
         which = "" if labels == "data" else "_own"
         guides[labels] = claims.train_gvm(folder / f"gvm_pairs{which}", sft, flags, supervision="pairs")
-        reward_model = claims.train_reward_model(folder / f"reward_model{which}", sft, flags)
+        reward_model = claims.train_reward_model(folder / f"reward_model{which}_4", sft, flags, epochs=4)
         for kl in KL:
-            name = f"{labels}_{kl:g}"
-            runs[f"DVPO, {labels}, {kl:g}"] = claims.train("train_dvpo", folder / f"improve_dvpo_{name}",
-                                                           gvm=guides[labels], kl_coef=kl, **online)
-            runs[f"PPO, {labels}, {kl:g}"] = claims.train("baselines.ppo", folder / f"improve_ppo_{name}",
-                                                          reward_model=reward_model, kl_coef=kl, **online)
+            for method, script, arm, judge in (
+                    ("DVPO", "train_dvpo", "DVPO, pairs", {"gvm": guides[labels]}),
+                    ("PPO", "baselines.ppo", "PPO", {"reward_model": reward_model})):
+                name, chosen = f"{method}, {labels}, KL {kl}", COMPARED["chosen"][arm]
+                runs[name] = claims.train(script, folder / f"improve_{claims.file_name(name)}",
+                                          **online | chosen | {"kl_coef": kl * chosen["kl_coef"]} | judge)
     gvms = [guides["data"]] + [claims.train_gvm(folder / f"improve_gvm_{n}", sft, start | {"seed": seed + n},
                                                 supervision="pairs") for n in (1000, 2000)]
     judged = claims.judge(folder / "improve.log", sft, runs.values(), start)
     for name, run in runs.items():
         curve = [mean(x) for x in claims.by_step(run, claims.score)]
         found[name] = judged[run.name] | {"curve": curve, "last": mean(curve[-WIDTH:])}
-        if name == "DVPO, data, 0.05":
+        if name == "DVPO, data, KL 1":
             found[name]["stops"] = [stop(curve, signal) for signal in signals(run, gvms)]
     return found | {"own pairs": len(own) / third}
 
@@ -104,15 +109,15 @@ def answer(seeds, per_seed):
 
     found = {}
     for better, worse, words in (
-            ("DVPO, own, 0.05", "DVPO, data, 0.05", "DVPO: labels of the start's own answers are worth more"),
-            ("PPO, own, 0.05", "PPO, data, 0.05", "PPO: labels of the start's own answers are worth more"),
-            ("DVPO, data, 0.05", "PPO, data, 0.05", "DVPO is better than PPO of the same labels, data"),
-            ("DVPO, own, 0.05", "PPO, own, 0.05", "DVPO is better than PPO of the same labels, own"),
-            ("DVPO, own, 0.3", "PPO, own, 0.3", "DVPO is better than PPO of the same labels, own, KL 0.3"),
-            ("DVPO, data, 0.3", "DVPO, data, 0.05", "DVPO: KL coefficient 0.3 is better than 0.05"),
-            ("DVPO, own, 0.3", "DVPO, own, 0.05", "DVPO, own: KL coefficient 0.3 is better than 0.05")):
+            ("DVPO, own, KL 1", "DVPO, data, KL 1", "DVPO: labels of the start's own answers are worth more"),
+            ("PPO, own, KL 1", "PPO, data, KL 1", "PPO: labels of the start's own answers are worth more"),
+            ("DVPO, data, KL 1", "PPO, data, KL 1", "DVPO is better than PPO of the same labels, data"),
+            ("DVPO, own, KL 1", "PPO, own, KL 1", "DVPO is better than PPO of the same labels, own"),
+            ("DVPO, own, KL 6", "PPO, own, KL 6", "DVPO is better than PPO of the same labels, own, KL 6"),
+            ("DVPO, data, KL 6", "DVPO, data, KL 1", "DVPO: six times the KL coefficient is better, data"),
+            ("DVPO, own, KL 6", "DVPO, own, KL 1", "DVPO: six times the KL coefficient is better, own")):
         found[words] = claim(more(better, worse))
-    stops, guided = [], "DVPO, data, 0.05"
+    stops, guided = [], "DVPO, data, KL 1"
     for i, words in enumerate(("the GVM's own value", "three GVMs, mean - deviation")):
         steps, scores = zip(*(x[i] for x in per_seed(guided, "stops")))
         found[f"stopped by {words}, DVPO is better than at the end"] = claim(
@@ -125,8 +130,8 @@ def answer(seeds, per_seed):
                *claims.table("stop by | last step | rollouts' score", stops), "",
                f"Own pairs found, as a share of those asked for: {claims.cell(per_seed('own pairs'), 2)}."]
     finding = ("A third of the labels on the start's own answers changes DVPO's score by "
-               f"{claims.cell(more('DVPO, own, 0.05', 'DVPO, data, 0.05'))}, PPO's by "
-               f"{claims.cell(more('PPO, own, 0.05', 'PPO, data, 0.05'))}.")
+               f"{claims.cell(more('DVPO, own, KL 1', 'DVPO, data, KL 1'))}, PPO's by "
+               f"{claims.cell(more('PPO, own, KL 1', 'PPO, data, KL 1'))}.")
     picture, panel = plt.subplots(figsize=(6, 4))
     for i, name in enumerate(NAMES):
         claims.draw(panel, [mean(per_seed(name, "nats"))], [per_seed(name, "score")], fmt="so"[i < 4],
