@@ -15,6 +15,7 @@ import operator
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -80,8 +81,7 @@ def train(script, output, **flags):
         with words_to(output.with_name(f"{output.name}.log")):
             stage.main(args)
         gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()                              # nothing, without CUDA
     return output
 
 
@@ -373,9 +373,10 @@ def machine():
 
 
 def write_result(folder, name, numbers, lines):
-    """NAME.json and NAME.md."""
+    """NAME.json, a list of numbers to a line, and NAME.md."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    Path(folder, f"{name}.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    text = re.sub(r"(?<=[\[,\d])\n +(?=-?\d|])", " ", json.dumps(numbers, indent=1))
+    Path(folder, f"{name}.json").write_text(text + "\n", encoding="utf-8")
     Path(folder, f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
