@@ -1,15 +1,19 @@
-"""Two improvements that the evidence points to, with no more labels: where they go, and when to stop.
+"""Two improvements that the evidence points to, with no more labels; and where DPO's lead comes from.
 
 Hypothesis  A frozen GVM errs most on the policy's own answers (shift.py). So the same number of labels is
             worth more if some are of the start policy's own answers. And a frozen GVM is believed for too
             long (kl.py): a larger KL coefficient, or a stop where three GVMs no longer agree that answers get
-            better, keeps what was gained.
+            better, keeps what was gained. DPO leads in compare.py because its pairs hold better answers than
+            the policy's own: supervised learning of the chosen ones gets there, too, and DPO of pairs of the
+            policy's own answers leads no more.
 Method      A world per seed. Labels are preferences, the same for all: "data" is its pairs; in "own" a third
             of them are replaced with pairs of the SFT model's own answers to the same prompts, which the
             oracle labels; in both, answers of equal score make no pair. From each: a GVM (--supervision
             pairs) for DVPO, a reward model for PPO; steps, rollouts and settings as compare.py chose them in
             other worlds, with the KL coefficient that it chose ("KL 1") or six times as large. Two more GVMs
-            of the data's pairs, in other orders.
+            of the data's pairs, in other orders. DPO with compare.py's settings from "data" and from "own
+            only", as many pairs, none of the data's answers; sft.py goes on from the SFT model with the
+            data's chosen answers (its defaults, the passes of DPO).
             Stops: after the five steps whose rollouts have the highest mean last value: by the GVM that
             guides, or by the mean of three GVMs minus their standard deviation. The true score of the five
             steps after them (luck has a part in choosing the five) is compared with that of the last five.
@@ -29,6 +33,7 @@ from claims import claim, minus
 KL, WIDTH = (1, 6), 5                                         # KL: times the coefficient of compare.py
 NAMES = [f"{method}, {labels}, KL {kl}"
          for method in ("DVPO", "PPO") for labels in ("data", "own") for kl in KL]
+OTHERS = ["DPO, data", "DPO, own only", "SFT of the chosen answers"]
 COMPARED = json.loads((claims.ROOT / "experiments" / "results" / "compare.json").read_text())
 
 
@@ -70,12 +75,15 @@ def stop(curve, signal):
 def run_seed(folder, seed, scale):
     """{arm: {"score", "nats", "length" on held-out prompts, "curve", for DVPO of the data "stops"}}."""
     sft, start, online = claims.base(folder, seed, scale, COMPARED["steps"])
-    online |= {"batch_size": 40, "mini_batch_size": 20}        # as in compare.py
+    online |= {"batch_size": 40, "mini_batch_size": 20, "micro_batch_size": 10}   # as in compare.py
     pairs = claims.read_lines(start["data"] / "pairs.jsonl")
     third = len(pairs) // 3
     data = {"data": start["data"], "own": folder / "improve_own"}
-    own = own_pairs(sft, pairs[:third], seed)
+    own, only = own_pairs(sft, pairs[:third], seed), own_pairs(sft, pairs, seed)
     claims.write_lines(data["own"] / "pairs.jsonl", pairs[len(own):] + own)
+    claims.write_lines(folder / "improve_only" / "pairs.jsonl", only)
+    claims.write_lines(folder / "improve_only" / "sft.jsonl", [
+        {"prompt": row["prompt"], "response": row["chosen"]} for row in pairs])
     for name in ("rl", "test_pairs", "test_scored", "test_prompts"):
         claims.write_lines(data["own"] / f"{name}.jsonl", claims.read_lines(start["data"] / f"{name}.jsonl"))
     runs, found, guides = {}, {}, {}
@@ -91,15 +99,25 @@ def run_seed(folder, seed, scale):
                 name, chosen = f"{method}, {labels}, KL {kl}", COMPARED["chosen"][arm]
                 runs[name] = claims.train(script, folder / f"improve_{claims.file_name(name)}",
                                           **online | chosen | {"kl_coef": kl * chosen["kl_coef"]} | judge)
+    others, dpo = start | {"model": sft, "data": folder / "improve_only"}, COMPARED["chosen"]["DPO"]
+    for name, script, flags in zip(OTHERS, ("baselines.dpo", "baselines.dpo", "sft"), (
+            dpo | {"data": start["data"]}, dpo, {"epochs": dpo["epochs"]})):
+        runs[name] = claims.train(script, folder / f"improve_{claims.file_name(name)}", **others | flags)
     gvms = [guides["data"]] + [claims.train_gvm(folder / f"improve_gvm_{n}", sft, start | {"seed": seed + n},
                                                 supervision="pairs") for n in (1000, 2000)]
     judged = claims.judge(folder / "improve.log", sft, runs.values(), start)
     for name, run in runs.items():
+        if name in OTHERS:
+            found[name] = judged[run.name]
+            continue
         curve = [mean(x) for x in claims.by_step(run, claims.score)]
         found[name] = judged[run.name] | {"curve": curve, "last": mean(curve[-WIDTH:])}
         if name == "DVPO, data, KL 1":
             found[name]["stops"] = [stop(curve, signal) for signal in signals(run, gvms)]
-    return found | {"own pairs": len(own) / third}
+    chosen, said = ([claims.score({"prompt": row["prompt"], "response": row["chosen"]}) for row in rows]
+                    for rows in (pairs, only))
+    return found | {"SFT": judged[sft.name], "own pairs": len(own) / third,
+                    "own only": len(only) / len(pairs), "chosen": mean(chosen), "own chosen": mean(said)}
 
 
 # ---- 2. The answer ----
@@ -115,7 +133,11 @@ def answer(seeds, per_seed):
             ("DVPO, own, KL 1", "PPO, own, KL 1", "DVPO is better than PPO of the same labels, own"),
             ("DVPO, own, KL 6", "PPO, own, KL 6", "DVPO is better than PPO of the same labels, own, KL 6"),
             ("DVPO, data, KL 6", "DVPO, data, KL 1", "DVPO: six times the KL coefficient is better, data"),
-            ("DVPO, own, KL 6", "DVPO, own, KL 1", "DVPO: six times the KL coefficient is better, own")):
+            ("DVPO, own, KL 6", "DVPO, own, KL 1", "DVPO: six times the KL coefficient is better, own"),
+            ("DPO, data", "DPO, own only", "DPO: the data's pairs are worth more than the policy's own"),
+            ("DPO, own only", "PPO, data, KL 1", "DPO of the policy's own pairs is better than PPO"),
+            ("DPO, data", OTHERS[2], "DPO is better than supervised learning of the chosen answers"),
+            (OTHERS[2], "PPO, data, KL 1", "Supervised learning of the chosen answers is better than PPO")):
         found[words] = claim(more(better, worse))
     stops, guided = [], "DVPO, data, KL 1"
     for i, words in enumerate(("the GVM's own value", "three GVMs, mean - deviation")):
@@ -124,17 +146,20 @@ def answer(seeds, per_seed):
             minus(scores, per_seed(guided, "last")), "rollouts' score")
         stops.append([words, list(steps), list(scores)])
     tables = claims.table("arm, labels, KL coefficient | oracle score, held out | KL (nats) | length", [
-        [name, *(per_seed(name, key) for key in ("score", "nats", "length"))] for name in NAMES])
+        [name, *(per_seed(name, key) for key in ("score", "nats", "length"))]
+        for name in ["SFT", *NAMES, *OTHERS]])
     tables += ["", f"Stops of {guided}; the last steps' rollouts score "
                f"{claims.cell(per_seed(guided, 'last'))}.", "",
                *claims.table("stop by | last step | rollouts' score", stops), "",
-               f"Own pairs found, as a share of those asked for: {claims.cell(per_seed('own pairs'), 2)}."]
+               f"Own pairs found, as a share of those asked for: {claims.cell(per_seed('own pairs'), 2)}; "
+               f"own only: {claims.cell(per_seed('own only'), 2)}. Scores of chosen answers: the data's "
+               f"{claims.cell(per_seed('chosen'))}, the policy's own {claims.cell(per_seed('own chosen'))}."]
     finding = ("A third of the labels on the start's own answers changes DVPO's score by "
                f"{claims.cell(more('DVPO, own, KL 1', 'DVPO, data, KL 1'))}, PPO's by "
                f"{claims.cell(more('PPO, own, KL 1', 'PPO, data, KL 1'))}.")
     picture, panel = plt.subplots(figsize=(6, 4))
-    for i, name in enumerate(NAMES):
-        claims.draw(panel, [mean(per_seed(name, "nats"))], [per_seed(name, "score")], fmt="so"[i < 4],
+    for i, name in enumerate(NAMES + OTHERS):
+        claims.draw(panel, [mean(per_seed(name, "nats"))], [per_seed(name, "score")], fmt="os*"[i // 4],
                     label=name)
     claims.label(panel, f"Score and KL at the end ({len(seeds)} seeds, 95 %)", "KL (nats per answer)",
                  "oracle score, held out")
