@@ -68,7 +68,7 @@ class Args:
     max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens; ours)")
     max_response_length: int = HfArg(default=64, help="tokens after which an answer is cut (paper: 1024)")
     lr: float = HfArg(default=1e-4, help="learning rate, constant (paper: 2e-6)")
-    steps: int = HfArg(default=50, help="batches of rollouts (ours)")
+    steps: int = HfArg(default=30, help="batches of rollouts (ours)")
     batch_size: int = HfArg(default=60, help="rollouts per step, over all processes, in groups (paper: 8)")
     mini_batch_size: int = HfArg(default=30, help="rollouts per update, over all processes (paper: 4)")
     micro_batch_size: int = HfArg(default=5, help="most rollouts per forward pass and process (paper: 2)")

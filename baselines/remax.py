@@ -59,7 +59,7 @@ class Args:
     max_prompt_length: int = HfArg(default=128, help="longer prompts are dropped and counted (tokens; ours)")
     max_response_length: int = HfArg(default=64, help="tokens after which an answer is cut (paper: 1024)")
     lr: float = HfArg(default=4e-4, help="learning rate, constant (paper: 2e-6)")
-    steps: int = HfArg(default=50, help="batches of rollouts (ours)")
+    steps: int = HfArg(default=30, help="batches of rollouts (ours)")
     batch_size: int = HfArg(default=64, help="rollouts per step and update, over all processes (paper: 8)")
     micro_batch_size: int = HfArg(default=8, help="most rollouts per forward pass and process (paper: 2)")
     gradient_checkpointing: bool = HfArg(default=False, help="less memory: layers run twice")
