@@ -46,6 +46,8 @@ demo: $(INSTALLED)
 	@$(MAKE) --no-print-directory stages
 	@$(PY) data/atlas.py summary --run $(RUN)
 
+# Models this small are faster with one thread than with two.
+stages: export OMP_NUM_THREADS ?= 1
 stages: $(addprefix $(RUN)/,figures/tokens.png figures/curves.png figures/wins.png eval/values.json eval/policy.json)
 
 # Each stage waits for the stage before it and for its own script; --overwrite only replaces what is older than these.
