@@ -18,7 +18,7 @@ endif
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
 	@echo "make compare   DVPO against PPO, GRPO, ReMax, DPO with equal information, ten worlds; hours (QUICK=1: half an hour)"
-	@echo "make claims    eleven questions to the paper, against the truth: experiments/results/*.md; hours (QUICK=1: 10 minutes)"
+	@echo "make claims    thirteen questions to the paper, against the truth: experiments/results/*.md; hours (QUICK=1: 10 minutes)"
 	@echo "make compute   time and memory of a step of each method, with a tiny model: about 4 minutes"
 	@echo "make real      SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; half an hour (PRECISION=bf16 on a GPU)"
 	@echo "make assignment OUT=../hw SEED=7 | grade SUBMISSION=../s1 | bugs OUT=../bugs SEED=7: for a class, classroom/teacher.md"
@@ -88,7 +88,7 @@ endif
 
 # Each is a script to be read and run alone. What is finished under runs/claims is kept: a stopped make claims resumes.
 # QUICK: one seed, a tenth of data, steps and answers, and nothing written to results/.
-CLAIMS := equivalence credit tau drift advantage horizon kl scaling shift refresh properties
+CLAIMS := equivalence credit tau drift advantage horizon kl scaling shift refresh properties deviations improve
 QUICKLY := $(if $(QUICK),--seeds 21 --jobs 1 --scale 0.1 --runs runs/claims-quick --output runs/claims-quick/results)
 claims: $(INSTALLED)
 	@for name in $(CLAIMS); do echo "==== $$name"; $(PY) experiments/$$name.py $(QUICKLY) || exit 1; done

@@ -162,7 +162,7 @@ def answer(seeds, per_seed):
         claims.draw(panel, [mean(per_seed(name, "nats"))], [per_seed(name, "score")], fmt="os*"[i // 4],
                     label=name)
     claims.label(panel, f"Score and KL at the end ({len(seeds)} seeds, 95 %)", "KL (nats per answer)",
-                 "oracle score, held out")
+                 "oracle score, held out", loc="center left", bbox_to_anchor=(1, 0.5))
     return found, tables, finding, picture
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForTokenClassification
 import atlas
 import claims
 
-NAMES = [*re.search("CLAIMS := (.*)", (ROOT / "Makefile").read_text())[1].split(), "deviations", "improve"]
+NAMES = [*re.search("CLAIMS := (.*)", (ROOT / "Makefile").read_text())[1].split()]
 QUESTION, ANSWER = "Is Japan an island?", "Yes, Japan is an island country."
 
 
