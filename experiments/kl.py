@@ -94,7 +94,7 @@ def answer(seeds, per_seed):
         claims.draw(right, [mean(per_seed(name, "nats"))], [per_seed(name, "score")], fmt="o", label=name)
     right.set_xscale("symlog", linthresh=1)                    # SFT is at 0, and 30 is not far from 20
     claims.label(right, f"Score and KL at the end ({len(seeds)} seeds, 95 %)",
-                 "KL to the reference (nats per answer)", "oracle score, held out", loc="lower left")
+                 "KL to the reference (nats per answer)", "oracle score, held out", loc="upper left")
     return found, tables, finding, picture
 
 
