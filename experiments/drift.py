@@ -138,7 +138,7 @@ def answer(seeds, per_seed):
     found["DVPO ends better than PPO"] = claim(minus(score("drift_dvpo"), score("drift_ppo")))
 
     (of_gvm, centred), (of_critic, critic_centred) = (
-        (f"{mean(at(line, what, 0)):.3f} to {mean(at(line, what, -1)):.3f}" for what in errors)
+        [f"{mean(at(line, what, 0)):.3f} to {mean(at(line, what, -1)):.3f}" for what in errors]
         for line in (gvm, live))
     finding = (f"From step 0 to {steps[-1]} the squared error goes from {of_gvm} for the frozen GVM along "
                f"DVPO (without its bias {centred}), from {of_critic} for PPO's critic ({critic_centred}).")

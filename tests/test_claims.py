@@ -137,5 +137,8 @@ def test_every_experiment_runs_through(name, laboratory, monkeypatch, capsys):
     result = json.loads((laboratory / "results" / f"{name}.json").read_text())
     assert result["claims"] and all(claim["verdict"] and claim["numbers"] for claim in result["claims"].values())
     assert result["finding"].endswith(".") and result["seeds"]["21"] and "nan" not in result["finding"]
+    if name == "drift":                                       # a sentence about the GVM has the GVM's numbers
+        found = result["claims"]["the GVM goes stale along DVPO: its squared error grows"]["numbers"]
+        assert "{} to {} for the frozen GVM".format(*re.match(r"(\S+).* at step 0, (\S+)", found).groups()) in result["finding"]
     text = (laboratory / "results" / f"{name}.md").read_text()
     assert result["finding"] in text and (laboratory / "results" / f"{name}.png").stat().st_size > 5000
