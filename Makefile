@@ -17,7 +17,7 @@ endif
 
 help:
 	@echo "make demo      Atlas from nothing: data, SFT, value model, DVPO, evaluation, figures; about 5 minutes"
-	@echo "make compare   DVPO against PPO, GRPO, ReMax, DPO with equal information, ten worlds; hours (QUICK=1: half an hour)"
+	@echo "make compare   DVPO against PPO, GRPO, ReMax, DPO with equal information, ten worlds; hours (QUICK=1: one world, 20 steps)"
 	@echo "make claims    thirteen questions to the paper, against the truth: experiments/results/*.md; hours (QUICK=1: 10 minutes)"
 	@echo "make compute   time and memory of a step of each method, with a tiny model: about 4 minutes"
 	@echo "make real      SmolLM2-135M, or MODEL=ORG/NAME, learns to write positively; half an hour (PRECISION=bf16 on a GPU)"
