@@ -8,8 +8,7 @@ Method      One world per seed. DVPO, 40 steps of 64 rollouts, from the same SFT
             with it. Where a script has no setting for it, another function replaces the script's own. Judged
             by the oracle on held-out questions; a GVM by how often it gives the better answer of a held-out
             pair the higher mean value. Many comparisons: an interval that barely leaves out 0 is weak
-            evidence. (Of cut answers the results page tells, too; they had a flag then. See
-            docs/deviations.md.)
+            evidence.
 Command     python experiments/deviations.py --seeds 21 22 23 24 25
 Result      experiments/results/deviations.json, .md, .png
 """

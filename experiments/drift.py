@@ -4,15 +4,15 @@ Hypothesis  Sections 1 and 3.3: a critic that learns online drifts during joint 
             pretrained and frozen is stable. But a better policy makes a state worth more, and what is frozen
             cannot follow: the GVM may become stale, saying too little where PPO's critic keeps up.
 Method      One world per seed. DVPO and PPO from the same SFT model, and PPO with its critic frozen at its
-            start, 40 steps of 64 rollouts each. Every 10 steps policy and critic are set aside. There the
-            policy answers held-out questions, and at one random token of each answer it finishes the answer
-            many times: the true Q of the policy as it is then. Error is value minus truth; its mean is the
-            bias; what is left of the squared error without it (centred error) is what DVPO's policy feels, as
-            whitening takes off a constant. What the Monte Carlo error of the truth adds is taken off. The
-            critic speaks in units of the reward model: mapped by the straight line that best predicts the
-            oracle's rewards of 1,000 training answers from the reward model's scores. Its target repeats the
-            reward model's mistakes and holds the KL costs still to come: a part of its error is not its own.
-            The initial critic is the reward model, read at every prefix.
+            start, 40 steps of 64 rollouts each. The GVM has learned the oracle's scores, PPO's reward model
+            pairs: this compares value models, not methods. Every 10 steps policy and critic are set aside.
+            There the policy answers held-out questions, and at one random token of each answer it finishes
+            the answer many times: the true Q of the policy as it is then. Error is value minus truth; its
+            mean is the bias; what is left of the squared error without it is the centred error. What the
+            Monte Carlo error of the truth adds is taken off. The critic speaks in units of the reward model:
+            mapped by the best straight line from its scores of 1,000 training answers to the oracle's. Its
+            target repeats the reward model's mistakes and holds the KL costs still to come: a part of its
+            error is not its own. The initial critic is the reward model, read at every prefix.
 Command     python experiments/drift.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/drift.json, .md, .png
 """

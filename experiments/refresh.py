@@ -9,8 +9,8 @@ Method      One world per seed, 40 steps of 64 rollouts from the same SFT model 
             the GVM learns from each of them once, eight at a time beside eight old rows of scored.jsonl, so
             as not to forget (Adam, constant rate 3e-4: updates are in proportion to labels). Control: (5, 64)
             with old rows in place of the new labels. Beside them DVPO with the frozen GVM, and PPO with its
-            reward model, both without new labels. Value error: the final GVM's last value against the
-            oracle's score of new answers of the final policy.
+            reward model of pairs (the GVM has the oracle's scores), both without new labels. Value error: the
+            final GVM's last value against the oracle's score of new answers of the final policy.
 Command     python experiments/refresh.py --seeds 21 22 23 24 25        (part of make claims)
 Result      experiments/results/refresh.json, .md, .png
 """

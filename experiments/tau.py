@@ -170,9 +170,10 @@ def answer(seeds, per_seed):
     errs = {(k, what): f"{mean(model(k, 'DVPO', what=what)):.3f}" for k in (0, most)
             for what in ("error", "centred")}
     finding = (f"At the states of DVPO's policy {most} of its own answers as tau, in place of SFT's, raise "
-               f"the value by {cell(rise[most])}, where the true Q has risen by {cell(true_rise)}; the "
-               f"squared error there is {errs[most, 'error']} with them and {errs[0, 'error']} without any "
-               f"tau, once the bias is taken off {errs[most, 'centred']} and {errs[0, 'centred']}.")
+               f"the value by {cell(rise[most])}, while DVPO's mean true Q, at its own states, is above "
+               f"SFT's by {cell(true_rise)}; the squared error there is {errs[most, 'error']} with them and "
+               f"{errs[0, 'error']} without any tau, once the bias is taken off {errs[most, 'centred']} and "
+               f"{errs[0, 'centred']}.")
     unseen = ", ".join(f"{policy} (seed {seed})" for seed, policy in zip(seeds, per_seed("unseen")))
     noise, noise_2 = (mean(per_seed("truth_error", key)) for key in ("behaviour", "language_model"))
     means = ", ".join(f"{cell(truth(name))} at those of {name} (a constant would err by "
